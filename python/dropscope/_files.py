@@ -97,4 +97,6 @@ def plain(value: Any) -> Any:
         return value
     if isinstance(value, (torch.dtype, torch.device, os.PathLike)):
         return str(value)
-    raise TypeError(f"plain: value must be a number, string, tensor, dataclass, list or dict, got {type(value).__name__}")
+    raise TypeError(
+        f"plain: value must be a number, string, tensor, dataclass, list or dict, got {type(value).__name__}"
+    )
