@@ -1,0 +1,115 @@
+// The only file that knows Python: integers to views, size checks for memory safety, the GIL released in one
+// place. The contract of every argument is checked in python/dropscope/kernels, with better messages.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "kernels.hpp"
+
+namespace py = pybind11;
+
+namespace dropscope {
+namespace {
+
+enum Device : int { cpu = 0, cuda_device = 1 };
+
+const Kernels& kernels_of(int device) { return device == cuda_device ? cuda::kernels() : cpu_kernels(); }
+
+// `launch`: the thread count on the CPU, the stream's handle on a device.
+Launch launch_of(int device, uintptr_t launch) {
+  if (device == cuda_device) return {0, reinterpret_cast<void*>(launch)};
+  return {static_cast<int>(launch), nullptr};
+}
+
+template <class Function, class... Args>
+auto run(const char* name, Function* function, Args... args) {
+  if (!function) throw std::runtime_error(std::string(name) + ": there is no kernel for this device");
+  py::gil_scoped_release release;
+  return function(args...);
+}
+
+void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// A matrix argument: (address, dtype, rows, cols, stride).
+
+template <class View>
+View view(const py::tuple& t) {
+  require(t.size() == 5, "a matrix is (address, dtype, rows, cols, stride)");
+  View m{};
+  m.data = pointer<void>(t[0].cast<uintptr_t>());
+  const int dtype = t[1].cast<int>();
+  m.rows = t[2].cast<int64_t>(), m.cols = t[3].cast<int64_t>(), m.stride = t[4].cast<int64_t>();
+  require(dtype >= 0 && dtype <= 3, "unknown dtype");
+  m.dtype = static_cast<DType>(dtype);
+  require(m.rows >= 0 && m.cols >= 0, "negative size");
+  require(m.rows <= 1 || m.stride >= m.cols, "rows overlap");
+  require(m.data || m.rows == 0 || m.cols == 0, "null pointer");
+  return m;
+}
+
+MaskSource source_of(uintptr_t streams, int64_t rows, int64_t units, uint64_t seed, uint64_t site,
+                     uint32_t threshold) {
+  require(streams || rows == 0, "null pointer");
+  require(threshold > 0 && threshold < 65536, "threshold must be in 1..65535");
+  require(units <= int64_t(1) << 35, "more than 2^35 units in a row");
+  return {pointer<const int64_t>(streams), seed, site, threshold};
+}
+
+void bind_masks(py::module_& m) {
+  m.def(
+      "apply_mask",
+      [](int device, const py::tuple& x, const py::tuple& out, uintptr_t streams, uint64_t seed,
+         uint64_t site, uint32_t threshold, uintptr_t launch) {
+        const ConstMatrix in = view<ConstMatrix>(x);
+        const Matrix to = view<Matrix>(out);
+        require(in.rows == to.rows && in.cols == to.cols && in.dtype == to.dtype, "x and out differ");
+        const MaskSource source = source_of(streams, in.rows, in.cols, seed, site, threshold);
+        run("apply_mask", kernels_of(device).masks.apply_mask, in, to, source, launch_of(device, launch));
+      },
+      py::arg("device"), py::arg("x"), py::arg("out"), py::arg("streams"), py::arg("seed"), py::arg("site"),
+      py::arg("threshold"), py::arg("launch"));
+  m.def(
+      "keep_mask",
+      [](int device, uintptr_t out, int64_t rows, int64_t units, uintptr_t streams, uint64_t seed,
+         uint64_t site, uint32_t threshold, uintptr_t launch) {
+        require(rows >= 0 && units >= 0, "negative size");
+        require(out || rows == 0 || units == 0, "null pointer");
+        const MaskSource source = source_of(streams, rows, units, seed, site, threshold);
+        run("keep_mask", kernels_of(device).masks.keep_mask, pointer<uint8_t>(out), rows, units, source,
+            launch_of(device, launch));
+      },
+      py::arg("device"), py::arg("out"), py::arg("rows"), py::arg("units"), py::arg("streams"),
+      py::arg("seed"), py::arg("site"), py::arg("threshold"), py::arg("launch"));
+}
+
+void bind_factors(py::module_&) {}
+
+void bind_spectral(py::module_&) {}
+
+}  // namespace
+}  // namespace dropscope
+
+// Nothing here changes after the import: no GIL is needed.
+PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
+  using namespace dropscope;
+  cpu_kernels();  // a DROPSCOPE_ISA that cannot be is refused here
+  m.def("isa", &isa_in_use);
+  m.def("isa_supported", &isa_supported);
+  m.def("cuda_built", &cuda::built);
+#ifdef _OPENMP
+  m.attr("openmp") = true;
+#else
+  m.attr("openmp") = false;
+#endif
+  bind_masks(m);
+  bind_factors(m);
+  bind_spectral(m);
+}

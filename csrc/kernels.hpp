@@ -1,0 +1,78 @@
+// The contract between the bindings and the kernels: views of memory that the caller owns, and one table of
+// functions per device. Nothing here knows of torch or Python.
+#pragma once
+#include <cstdint>
+
+namespace dropscope {
+
+enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+
+// Rows of contiguous elements; stride counts elements from one row to the next.
+struct Matrix {
+  void* data;
+  DType dtype;
+  int64_t rows, cols, stride;
+};
+struct ConstMatrix {
+  const void* data;
+  DType dtype;
+  int64_t rows, cols, stride;
+};
+
+// A CPU table reads `threads`, a device's table reads `stream`.
+struct Launch {
+  int threads;
+  void* stream;
+};
+
+// Mask format 1: streams[row] = draw << 32 | sample; keep <=> lane < threshold.
+struct MaskSource {
+  const int64_t* streams;
+  uint64_t seed, site;
+  uint32_t threshold;
+};
+
+struct MaskKernels {
+  // out = x o mask * 65536 / threshold; out may be x.
+  void (*apply_mask)(ConstMatrix x, Matrix out, MaskSource source, Launch launch);
+  // out[row, unit] = 1 where kept, else 0; a byte each, contiguous.
+  void (*keep_mask)(uint8_t* out, int64_t rows, int64_t units, MaskSource source, Launch launch);
+};
+
+struct FactorKernels {
+  void (*placeholder)();
+};
+
+struct SpectralKernels {
+  void (*placeholder)();
+};
+
+struct Kernels {
+  MaskKernels masks;
+  FactorKernels factors;
+  SpectralKernels spectral;
+};
+
+// isa.cpp: the table of the instruction set in use, probed once; DROPSCOPE_ISA forces one.
+const Kernels& cpu_kernels();
+const char* isa_in_use();
+bool isa_supported(const char* name);
+
+namespace cuda {
+bool built();
+const Kernels& kernels();
+}  // namespace cuda
+
+// One set per instruction set, defined in cpu/*.cpp.
+#define DROPSCOPE_DECLARE_ISA(name)      \
+  namespace name {                       \
+  extern const MaskKernels masks;        \
+  extern const FactorKernels factors;    \
+  extern const SpectralKernels spectral; \
+  }
+DROPSCOPE_DECLARE_ISA(generic)
+DROPSCOPE_DECLARE_ISA(avx2)
+DROPSCOPE_DECLARE_ISA(avx512)
+#undef DROPSCOPE_DECLARE_ISA
+
+}  // namespace dropscope

@@ -1,0 +1,18 @@
+"""The typed face of the compiled kernels.
+
+Addresses, sizes and strides; a matrix is (address, dtype, rows, cols, stride).
+"""
+
+Matrix = tuple[int, int, int, int, int]
+
+openmp: bool
+
+def isa() -> str: ...
+def isa_supported(name: str) -> bool: ...
+def cuda_built() -> bool: ...
+def apply_mask(
+    device: int, x: Matrix, out: Matrix, streams: int, seed: int, site: int, threshold: int, launch: int
+) -> None: ...
+def keep_mask(
+    device: int, out: int, rows: int, units: int, streams: int, seed: int, site: int, threshold: int, launch: int
+) -> None: ...

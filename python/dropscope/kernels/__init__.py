@@ -1,0 +1,27 @@
+"""The one caller of the compiled kernels: checks, choice of device, fallback to :mod:`dropscope.reference`.
+
+A kernel runs compiled where it can: on ordinary CPU tensors, and on CUDA tensors where the build has it for CUDA.
+Everything else (fake, functional and wrapped tensors, other devices, other dtypes) takes the reference.
+Kernels are not differentiable; the operations built on them are.
+"""
+
+from __future__ import annotations
+
+from dropscope.kernels.factors import accumulate, gram, project, sq_norms
+from dropscope.kernels.masks import apply_mask, keep_mask
+from dropscope.kernels.spectral import orthogonalize, probe, rotate
+from dropscope.reference import PROBE_SITE, ProbeKind
+
+__all__ = [
+    "PROBE_SITE",
+    "ProbeKind",
+    "accumulate",
+    "apply_mask",
+    "gram",
+    "keep_mask",
+    "orthogonalize",
+    "probe",
+    "project",
+    "rotate",
+    "sq_norms",
+]
