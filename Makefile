@@ -26,7 +26,7 @@ format: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(PIP) --group bench
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench --readme
 
 # The tools first, then the package without build isolation, so that an edit of csrc/ rebuilds in seconds.
 $(VENV)/tools: pyproject.toml constraints.txt
