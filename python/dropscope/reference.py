@@ -58,7 +58,7 @@ def _words(streams: Tensor, blocks: int, seed: int, site: int) -> Tensor:
 def keep_mask(streams: Tensor, units: int, *, seed: int, site: int, threshold: int) -> Tensor:
     """keep ⇔ lane < threshold, bool (rows, units); lane 2w is the low, 2w+1 the high half of word w."""
     words = _words(streams, -(-units // 8), seed, site)
-    lanes = torch.stack((words & 0xFFFF, words >> 16), -1).reshape(streams.shape[0], -1)
+    lanes = torch.stack((words & 0xFFFF, words >> 16), -1).flatten(1)
     return lanes[:, :units] < threshold
 
 

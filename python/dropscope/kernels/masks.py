@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dropscope import reference
-from dropscope.kernels._launch import _core, contiguous_rows, device_of, launch, matrix, on
+from dropscope.kernels._launch import DTYPES, _core, contiguous_rows, device_of, launch, matrix, on
 
 
 def _check(name: str, streams: Tensor, rows: int | None, units: int, seed: int, site: int, threshold: int) -> None:
@@ -88,7 +88,7 @@ def apply_mask(
         raise ValueError(f"apply_mask: out must have the shape of x {tuple(x.shape)}, got {tuple(out.shape)}")
 
     tensors = (x, streams) if out is None else (x, streams, out)
-    device = device_of(*tensors, cuda_kernel=False) if x.dtype == torch.float32 else None
+    device = device_of(*tensors, cuda_kernel=False) if x.dtype in DTYPES else None
     if device is None:
         return reference.apply_mask(x, streams, seed=seed, site=site, threshold=threshold, out=out)
     streams = streams.contiguous()
