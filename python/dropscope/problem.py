@@ -1,0 +1,422 @@
+"""The problem: model, loss and data as an empirical risk and its per-sample parts."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dropscope import probes
+from dropscope.data import Batch, Batches
+from dropscope.losses import Loss, SampleLoss
+from dropscope.modes import mode
+
+if TYPE_CHECKING:
+    from dropscope.intercept import Handler
+    from dropscope.masks import MaskKey
+
+__all__ = ["Batch", "Problem"]
+
+T = TypeVar("T")
+Params = str | nn.Parameter | Iterable[str | nn.Parameter]
+
+
+class Problem:
+    """An empirical risk R(θ) = Σᵢ sᵢ(θ) / W, W = Σᵢ wᵢ, over every sample i of the data.
+
+    Under mean reduction sᵢ sums the weighted losses of sample i's elements and wᵢ their weights, so R is the loss of
+    the whole data set as one batch, however it is split. With ``scale`` = n/W, gᵢ = scale·∇sᵢ and ∇R = (1/n) Σᵢ gᵢ.
+
+    A mask key, not ``model.training``, switches dropout on: without one the model runs in eval mode; under one in
+    train mode, with normalisation layers that couple samples in eval mode. The model is left as it was found.
+
+    Args:
+        model: any module; dim ``batch_dim`` of its inputs is the sample.
+        loss: a torch loss, or ``loss(output, target)`` with one value per sample, shape (batch,), or (values, weights).
+        data: a tuple of tensors ``(X, y)``, a mapping of tensors, a Dataset, or a re-iterable loader of batches.
+            A batch (x, y) is read as ``loss(model(x), y)``; a longer tuple as ``loss(model(*batch[:-1]), batch[-1])``;
+            a mapping as ``loss(model(**inputs), batch)``, the inputs being all but ``"labels"``.
+        params: what to differentiate: names, patterns such as ``"blocks.0.*"``, or parameters; default all trainable.
+        batch_size: samples a batch for tensors and Datasets, default 256.
+        forward: ``forward(model, batch)`` instead of the above.
+        batch_dim: the dimension of the sample.
+
+    Attributes:
+        params: name -> parameter, in the order of ``model.named_parameters()``, tied parameters once.
+        blocks: name -> slice of the flat vector.
+        dim: number of coordinates.
+        dtype: dtype of the parameters.
+        device: device of the parameters.
+        routes: name -> how its per-sample gradients are taken and why; filled by the first noise measurement.
+
+    Raises:
+        TypeError: if an argument is of the wrong kind, or a parameter is not of a floating dtype.
+        ValueError: if no parameter is trainable, a name is unknown, or the data are empty, uneven or not finite.
+
+    Example:
+        >>> problem = Problem(nn.Linear(2, 1), nn.MSELoss(), (torch.ones(4, 2), torch.zeros(4, 1)))
+        >>> problem.dim, problem.n
+        (3, 4)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        data: Any,
+        *,
+        params: Params | None = None,
+        batch_size: int | None = None,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
+        batch_dim: int = 0,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"Problem: model must be a torch.nn.Module, got {type(model).__name__}")
+        if forward is not None and not callable(forward):
+            raise TypeError(f"Problem: forward must be callable as forward(model, batch), got {forward!r}")
+        if not isinstance(batch_dim, int) or batch_dim < 0:
+            raise ValueError(f"Problem: batch_dim must be an int >= 0, got {batch_dim!r}")
+        self.model, self.forward, self.batch_dim = model, forward, batch_dim
+        self.params = choose(model, params)
+        first = next(iter(self.params.values()))
+        self.dtype, self.device = first.dtype, first.device
+        self.blocks: dict[str, slice] = {}
+        self.dim = 0
+        for name, p in self.params.items():
+            self.blocks[name] = slice(self.dim, self.dim + p.numel())
+            self.dim += p.numel()
+        self.loss = SampleLoss.of(loss, batch_dim, self.device)
+        self.data = Batches(data, batch_size, batch_dim, self.device)
+        self.routes: dict[str, str] = {}
+        self._weight: float | None = None  # known once the probes have passed
+
+    def __repr__(self) -> str:
+        n = "?" if self.data.n is None else self.data.n
+        return f"Problem({type(self.model).__name__}, {self.loss.loss}, n={n}, dim={self.dim}, {self.dtype})"
+
+    @property
+    def n(self) -> int:
+        """Number of samples; the data are read once if their number is not known."""
+        if self.data.n is None:
+            self.check()
+        assert self.data.n is not None
+        return self.data.n
+
+    @property
+    def total_weight(self) -> float:
+        """W = Σᵢ wᵢ; 1 under sum reduction. The first use reads the data once."""
+        self.check()
+        assert self._weight is not None
+        return self._weight
+
+    @property
+    def scale(self) -> float:
+        """n/W: the gradient of sample i is gᵢ = scale·∇sᵢ."""
+        return self.n / self.total_weight
+
+    def batches(self, progress: bool = False, desc: str = "") -> Iterator[Batch]:
+        """Yield the batches, the same at every pass.
+
+        Args:
+            progress: whether to show a progress bar.
+            desc: what it is labelled with.
+
+        Raises:
+            ValueError: if a batch differs from the one that stood there before.
+        """
+        self.check()
+        with tqdm(self.data, total=self.data.count, desc=desc, disable=not progress, leave=False) as bar:
+            yield from bar
+
+    def sample_losses(
+        self,
+        batch: Batch,
+        masks: MaskKey | None = None,
+        draws: int = 1,
+        *,
+        sharing: str = "sample",
+        handlers: Mapping[Callable[..., Any], Handler] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the values sᵢ, graph attached, and the weights wᵢ of a batch.
+
+        Args:
+            batch: one of :meth:`batches`.
+            masks: the draw of every mask; None switches dropout off.
+            draws: number of draws, ``masks.draw``, ``masks.draw + 1``, ...
+            sharing: ``"sample"`` for a mask per sample, ``"batch"`` for one that all samples share.
+            handlers: torch function -> what is called in its place; see :mod:`dropscope.intercept`.
+
+        Returns:
+            Two vectors of shape (batch.size·draws,), row i·draws + m being draw m of sample i.
+        """
+        self.check()
+        return self.raw_losses(batch, masks, draws, sharing=sharing, handlers=handlers)
+
+    def raw_losses(
+        self,
+        batch: Batch,
+        masks: MaskKey | None = None,
+        draws: int = 1,
+        *,
+        sharing: str = "sample",
+        handlers: Mapping[Callable[..., Any], Handler] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`sample_losses` without the probes, which are made of it."""
+        if draws != 1 and masks is None:
+            raise ValueError(f"sample_losses: draws must be 1 when masks is None, got {draws}")
+        rows = batch.repeat(draws)
+        with ExitStack() as stack:
+            stack.enter_context(mode(self.model, train=masks is not None))
+            if masks is not None:
+                from dropscope.masks import make_streams, replay_streams
+
+                draw = torch.arange(masks.draw, masks.draw + draws, device=self.device).repeat(batch.size)
+                streams = make_streams(draw, rows.samples)
+                stack.enter_context(
+                    replay_streams(
+                        masks.seed,
+                        streams,
+                        model=self.model,
+                        sharing=sharing,
+                        batch_dim=self.batch_dim,
+                        handlers=handlers,
+                    )
+                )
+            elif handlers:
+                from dropscope.intercept import Interceptor
+
+                stack.enter_context(Interceptor(handlers, self.model))
+            output, target = self._call(rows.content)
+        values, weights = self.loss(output, target, rows.size)
+        if self.loss.reduction == "sum":
+            weights = weights / (self.data.n or 1)
+        return values, weights
+
+    def _call(self, content: Any) -> tuple[Any, Any]:
+        """The model's output and what the loss compares it with."""
+        target = content[-1] if isinstance(content, tuple) else content
+        if self.forward is not None:
+            return self.forward(self.model, content), target
+        if isinstance(content, Mapping):
+            return self.model(**{key: value for key, value in content.items() if key != "labels"}), target
+        if isinstance(content, tuple) and len(content) > 1:
+            return self.model(*content[:-1]), target
+        seen = f"a tuple of {len(content)}" if isinstance(content, tuple) else type(content).__name__
+        raise TypeError(f"Problem: a batch must be (x, y), a longer tuple or a mapping, got {seen}; give forward=")
+
+    def risk(self, masks: MaskKey | None = None) -> float:
+        """Return R(θ), summed in float64; under one draw of the masks if given.
+
+        Raises:
+            ValueError: if a loss is not finite.
+        """
+        total = 0.0
+        with torch.no_grad():
+            for batch in self.batches():
+                total += finite_sum(self.raw_losses(batch, masks)[0], batch)
+        return total / self.total_weight
+
+    def gradient(self, masks: MaskKey | None = None, draws: int = 1, sharing: str = "sample") -> Tensor:
+        """Return ∇R, shape (dim,), or its mean over ``draws`` draws of the masks.
+
+        Raises:
+            ValueError: if a loss or the gradient of a parameter is not finite, or draws < 1.
+        """
+        if not isinstance(draws, int) or draws < 1:
+            raise ValueError(f"gradient: draws must be an int >= 1, got {draws!r}")
+        half = self.dtype in (torch.float16, torch.bfloat16)
+        total = torch.zeros(self.dim, dtype=torch.float32 if half else self.dtype, device=self.device)
+        weight = self.total_weight * draws
+        for batch in self.batches():
+            for draw in range(draws):
+                key = None if masks is None else type(masks)(masks.seed, masks.draw + draw)
+                total += self._batch_gradient(batch, key, sharing, weight).to(total.dtype)
+        return total.to(self.dtype)
+
+    def _batch_gradient(self, batch: Batch, key: MaskKey | None, sharing: str, weight: float) -> Tensor:
+        with torch.enable_grad():
+            values, _ = self.raw_losses(batch, key, sharing=sharing)
+            finite_sum(values, batch)
+            parameters = list(self.params.values())
+            grads = torch.autograd.grad(values.sum() / weight, parameters, materialize_grads=True)
+        flat = self.flatten(grads)
+        self.require_finite(flat, batch)
+        return flat
+
+    def require_finite(self, gradient: Tensor, batch: Batch) -> None:
+        """Raise ValueError naming batch and parameter if a flat gradient holds NaN or Inf."""
+        if not bool(torch.isfinite(gradient).all()):
+            name = next(name for name, part in self.blocks.items() if not torch.isfinite(gradient[part]).all())
+            raise ValueError(f"Problem: gradients must be finite, got NaN or Inf in {name!r} at batch {batch.index}")
+
+    def flatten(self, tensors: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:
+        """Return one vector, shape (dim,), of a tensor per parameter, in the order of :attr:`params`.
+
+        Raises:
+            ValueError: if a tensor is missing or its shape is not the parameter's.
+        """
+        if isinstance(tensors, Mapping):
+            if set(tensors) != set(self.params):
+                raise ValueError(f"flatten: names must be {list(self.params)}, got {list(tensors)}")
+            tensors = [tensors[name] for name in self.params]
+        if len(tensors) != len(self.params):
+            raise ValueError(f"flatten: tensors must be {len(self.params)}, one per parameter, got {len(tensors)}")
+        for (name, p), t in zip(self.params.items(), tensors, strict=True):
+            if t.shape != p.shape:
+                raise ValueError(f"flatten: {name} must have shape {tuple(p.shape)}, got {tuple(t.shape)}")
+        return torch.cat([t.reshape(-1) for t in tensors])
+
+    def unflatten(self, v: Tensor) -> dict[str, Tensor]:
+        """Return the parts of a flat vector by parameter name, as views.
+
+        Raises:
+            ValueError: if v is not of shape (dim,).
+        """
+        if v.shape != (self.dim,):
+            raise ValueError(f"unflatten: v must have shape ({self.dim},), got {tuple(v.shape)}")
+        return {name: v[part].view(self.params[name].shape) for name, part in self.blocks.items()}
+
+    @contextmanager
+    def displaced(self, delta: Tensor) -> Iterator[None]:
+        """Within the context the parameters are θ + delta; then the very tensors of before are put back.
+
+        Args:
+            delta: flat displacement, shape (dim,).
+
+        Raises:
+            ValueError: if delta is not of shape (dim,), or not finite.
+        """
+        parts = self.unflatten(delta.detach())
+        if not bool(torch.isfinite(delta).all()):
+            raise ValueError("displaced: delta must be finite, got NaN or Inf")
+        before = {name: p.data for name, p in self.params.items()}
+        try:
+            for name, p in self.params.items():
+                p.data = before[name] + parts[name].to(before[name])
+            yield
+        finally:
+            for name, p in self.params.items():
+                p.data = before[name]
+
+    def substituted(self, tensors: Mapping[str, Tensor], fn: Callable[[], T]) -> T:
+        """Call ``fn`` with tensors in place of the parameters: dual numbers, or a differentiable function of others.
+
+        Args:
+            tensors: parameter name -> tensor of its shape.
+            fn: what to compute, e.g. ``lambda: problem.sample_losses(batch)``.
+
+        Returns:
+            What ``fn`` returns.
+        """
+        named = {f"model.{name}": tensor for name, tensor in tensors.items()}
+        result: T = torch.func.functional_call(_Shell(self.model), named, (fn,))
+        return result
+
+    def check(self) -> None:
+        """Run the four probes on a few samples, then read the data once for n and W; nothing the second time.
+
+        Raises:
+            ValueError: if the model and the data do not make one risk; the message says what failed and what it means.
+        """
+        if self._weight is None:
+            probes.run(self)
+            weight = 0.0
+            with torch.no_grad():
+                for batch in self.data:
+                    values, weights = self.raw_losses(batch)
+                    finite_sum(values, batch)
+                    weight += float(weights.double().sum())
+            if not (weight > 0.0 and weight < float("inf")):
+                raise ValueError(f"Problem: the total weight must be positive, got {weight}: is every target ignored?")
+            self._weight = 1.0 if self.loss.reduction == "sum" else weight
+
+    def plan(self) -> str:
+        """Return which route each parameter's per-sample gradients take and why, one line a parameter."""
+        width = max(len(name) for name in self.params)
+        return "\n".join(
+            f"{name:<{width}}  {tuple(p.shape)!s:<16}  {self.routes.get(name, 'not measured yet')}"
+            for name, p in self.params.items()
+        )
+
+
+class _Shell(nn.Module):
+    """Holds the model so that functional_call can swap its parameters around any function."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+
+    def forward(self, fn: Callable[[], T]) -> T:
+        return fn()
+
+
+def finite_sum(values: Tensor, batch: Batch) -> float:
+    """Return Σ values in float64; ValueError naming batch and sample if it is not finite."""
+    total = float(values.detach().double().sum())
+    if total - total != 0.0:
+        row = int((~torch.isfinite(values)).nonzero()[0])
+        sample = int(batch.samples[row * batch.size // len(values)])
+        raise ValueError(
+            f"Problem: losses must be finite, got {float(values[row])} at batch {batch.index} (sample {sample})"
+        )
+    return total
+
+
+def choose(model: nn.Module, params: Params | None) -> dict[str, nn.Parameter]:
+    """Return the chosen parameters by name, in the model's order, each once.
+
+    Raises:
+        TypeError: if a parameter is not of a floating dtype, or the dtypes differ.
+        ValueError: if nothing is chosen or trainable, a name is unknown, or the devices differ.
+    """
+    every = dict(model.named_parameters())
+    for name, p in every.items():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise ValueError(f"Problem: parameters must be initialised, got lazy {name!r}: run the model once before")
+    if params is None:
+        chosen = {name: p for name, p in every.items() if p.requires_grad}
+        if not chosen:
+            raise ValueError(f"Problem: model must have trainable parameters, got none among {len(every)}")
+    else:
+        chosen = _select(model, every, [params] if isinstance(params, (str, nn.Parameter)) else list(params))
+    for name, p in chosen.items():
+        if not p.is_floating_point():
+            raise TypeError(f"Problem: parameters must be of a floating dtype, got {name!r} of {p.dtype}")
+        if not p.requires_grad:
+            raise ValueError(f"Problem: params must be trainable, got {name!r} with requires_grad=False")
+        if not bool(torch.isfinite(p.detach()).all()):
+            raise ValueError(f"Problem: parameters must be finite, got NaN or Inf in {name!r}")
+    for field, error in (("dtype", TypeError), ("device", ValueError)):
+        seen = {str(getattr(p, field)) for p in chosen.values()}
+        if len(seen) > 1:
+            raise error(f"Problem: parameters must have one {field}, got {sorted(seen)}; choose some with params=")
+    return chosen
+
+
+def _select(
+    model: nn.Module, every: Mapping[str, nn.Parameter], wanted: Sequence[str | nn.Parameter]
+) -> dict[str, nn.Parameter]:
+    # A tied parameter may be asked for under any of its names.
+    aliases = dict(model.named_parameters(remove_duplicate=False))
+    ids: set[int] = set()
+    for item in wanted:
+        if isinstance(item, nn.Parameter):
+            found = [item] if any(item is p for p in every.values()) else []
+            seen = f"a parameter of shape {tuple(item.shape)} that is not the model's"
+        elif isinstance(item, str):
+            found = [p for name, p in aliases.items() if name == item or fnmatch.fnmatchcase(name, item)]
+            seen = repr(item)
+        else:
+            raise TypeError(f"Problem: params must be names, patterns or parameters, got {type(item).__name__}")
+        if not found:
+            raise ValueError(f"Problem: params must be among {list(every)}, got {seen}")
+        ids.update(id(p) for p in found)
+    if not ids:
+        raise ValueError("Problem: params must name at least one parameter, got none")
+    return {name: p for name, p in every.items() if id(p) in ids}
