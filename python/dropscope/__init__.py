@@ -4,4 +4,10 @@ from __future__ import annotations
 
 import torch as torch  # first: our extension shares torch's OpenMP runtime, which must be the one loaded
 
+from dropscope.masks import MaskKey as MaskKey
+from dropscope.masks import dropout as dropout
+from dropscope.masks import keep_mask as keep_mask
+from dropscope.masks import keep_probability as keep_probability
+from dropscope.masks import replay_dropout as replay_dropout
+
 __version__ = "0.1.0.dev0"
