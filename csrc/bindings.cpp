@@ -90,7 +90,75 @@ void bind_masks(py::module_& m) {
       py::arg("seed"), py::arg("site"), py::arg("threshold"), py::arg("launch"));
 }
 
-void bind_factors(py::module_&) {}
+bool factor_dtype(DType dtype) { return dtype == DType::f32 || dtype == DType::f64 || dtype == DType::bf16; }
+bool sum_dtype(DType dtype) { return dtype == DType::f32 || dtype == DType::f64; }
+DType wide(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
+
+void bind_factors(py::module_& m) {
+  m.def(
+      "row_dots",
+      [](int device, const py::tuple& p, const py::tuple& b, const py::tuple& out, int64_t group,
+         int64_t steps, uintptr_t launch) {
+        const auto P = view<ConstMatrix>(p), B = view<ConstMatrix>(b);
+        const auto to = view<Matrix>(out);
+        require(factor_dtype(B.dtype) && P.dtype == B.dtype && sum_dtype(to.dtype), "row_dots: dtypes");
+        require(group > 0 && steps > 0 && B.rows == to.rows * steps && P.rows * group == B.rows &&
+                    to.rows % group == 0,
+                "row_dots: rows");
+        require(P.cols == B.cols * to.cols, "row_dots: columns");
+        run("row_dots", kernels_of(device).factors.row_dots, P, B, to, group, steps,
+            launch_of(device, launch));
+      },
+      py::arg("device"), py::arg("P"), py::arg("B"), py::arg("out"), py::arg("group"), py::arg("steps"),
+      py::arg("launch"));
+  m.def(
+      "scale_rows",
+      [](int device, const py::tuple& b, const py::tuple& s, const py::tuple& out, int64_t group,
+         int64_t steps, uintptr_t launch) {
+        const auto B = view<ConstMatrix>(b), S = view<ConstMatrix>(s);
+        const auto to = view<Matrix>(out);
+        require(factor_dtype(B.dtype) && to.dtype == B.dtype && S.dtype == wide(B.dtype),
+                "scale_rows: dtypes");
+        require(group > 0 && steps > 0 && B.rows == S.rows * steps && to.rows * group == B.rows &&
+                    S.rows % group == 0,
+                "scale_rows: rows");
+        require(to.cols == B.cols * S.cols, "scale_rows: columns");
+        run("scale_rows", kernels_of(device).factors.scale_rows, B, S, to, group, steps,
+            launch_of(device, launch));
+      },
+      py::arg("device"), py::arg("B"), py::arg("S"), py::arg("out"), py::arg("group"), py::arg("steps"),
+      py::arg("launch"));
+  m.def(
+      "hadamard",
+      [](int device, const py::tuple& p, const py::tuple& q, const py::tuple& out, const py::tuple& mirror,
+         int64_t row_group, int64_t col_group, int64_t row_steps, int64_t col_steps, double shift,
+         uintptr_t launch) {
+        const auto P = view<ConstMatrix>(p), Q = view<ConstMatrix>(q);
+        const auto to = view<Matrix>(out), back = view<Matrix>(mirror);
+        require(row_group > 0 && col_group > 0 && row_steps > 0 && col_steps > 0,
+                "hadamard: groups and steps");
+        require(factor_dtype(Q.dtype) && sum_dtype(to.dtype), "hadamard: dtypes");
+        require(Q.rows == to.rows * row_steps && Q.cols == to.cols * col_steps, "hadamard: Q and out");
+        require(to.rows % row_group == 0 && to.cols % col_group == 0, "hadamard: groups");
+        require(P.data ? P.dtype == Q.dtype && P.rows * row_group == Q.rows && P.cols * col_group == Q.cols
+                       : row_steps == 1 && col_steps == 1,
+                "hadamard: P and Q");
+        require(!back.data || (back.dtype == to.dtype && back.rows == to.cols && back.cols == to.rows),
+                "hadamard: mirror");
+        const Hadamard operands{P, Q, row_group, col_group, row_steps, col_steps, shift};
+        run("hadamard", kernels_of(device).factors.hadamard, operands, to, back, launch_of(device, launch));
+      },
+      py::arg("device"), py::arg("P"), py::arg("Q"), py::arg("out"), py::arg("mirror"), py::arg("row_group"),
+      py::arg("col_group"), py::arg("row_steps"), py::arg("col_steps"), py::arg("shift"), py::arg("launch"));
+  m.def(
+      "center",
+      [](int device, const py::tuple& x, int64_t draws, double scale, uintptr_t launch) {
+        const auto X = view<Matrix>(x);
+        require(sum_dtype(X.dtype) && draws > 0 && X.rows % draws == 0, "center: dtype or draws");
+        run("center", kernels_of(device).factors.center, X, draws, scale, launch_of(device, launch));
+      },
+      py::arg("device"), py::arg("X"), py::arg("draws"), py::arg("scale"), py::arg("launch"));
+}
 
 void bind_spectral(py::module_&) {}
 

@@ -39,8 +39,26 @@ struct MaskKernels {
   void (*keep_mask)(uint8_t* out, int64_t rows, int64_t units, MaskSource source, Launch launch);
 };
 
+// The product of two tiles: v[i, j] = sum_ts (P[i / row_group, t; j / col_group, s] + shift) Q[i, t; j, s]
+// over the row_steps by col_steps entries of a block. A null P stands for 1.
+struct Hadamard {
+  ConstMatrix P, Q;
+  int64_t row_group, col_group, row_steps, col_steps;
+  double shift;
+};
+
+// B has rows sample * steps + step. `group` consecutive samples share a row of the other operand.
 struct FactorKernels {
-  void (*placeholder)();
+  // out[i, k] += sum_t <P[(i / group) * steps + t, block k], B[i * steps + t, :]>, block k the k-th run of
+  // B.cols.
+  void (*row_dots)(ConstMatrix P, ConstMatrix B, Matrix out, int64_t group, int64_t steps, Launch launch);
+  // out[i * steps + t, block k] = sum_{m < group} S[i * group + m, k] B[(i * group + m) * steps + t, :].
+  void (*scale_rows)(ConstMatrix B, ConstMatrix S, Matrix out, int64_t group, int64_t steps, Launch launch);
+  // out += v and, where mirror has memory, mirror += v^T; a mirror that is out takes the lower triangle for
+  // both.
+  void (*hadamard)(Hadamard operands, Matrix out, Matrix mirror, Launch launch);
+  // X[i * draws + m, :] = scale (X[i * draws + m, :] - mean over m).
+  void (*center)(Matrix X, int64_t draws, double scale, Launch launch);
 };
 
 struct SpectralKernels {

@@ -16,3 +16,19 @@ def apply_mask(
 def keep_mask(
     device: int, out: int, rows: int, units: int, streams: int, seed: int, site: int, threshold: int, launch: int
 ) -> None: ...
+def row_dots(device: int, P: Matrix, B: Matrix, out: Matrix, group: int, steps: int, launch: int) -> None: ...
+def scale_rows(device: int, B: Matrix, S: Matrix, out: Matrix, group: int, steps: int, launch: int) -> None: ...
+def hadamard(
+    device: int,
+    P: Matrix,
+    Q: Matrix,
+    out: Matrix,
+    mirror: Matrix,
+    row_group: int,
+    col_group: int,
+    row_steps: int,
+    col_steps: int,
+    shift: float,
+    launch: int,
+) -> None: ...
+def center(device: int, X: Matrix, draws: int, scale: float, launch: int) -> None: ...

@@ -102,6 +102,12 @@ def sq_norms(A: Tensor, B: Tensor, *, bias: bool = False) -> Tensor:
     return per_sample_gradients(A, B, torch.float64, bias).flatten(1).square().sum(1)
 
 
+def center(X: Tensor, draws: int, scale: float = 1.0) -> Tensor:
+    """X[i·draws + m] ← scale (X[i·draws + m] − mean over m), in place; X: (n·draws, K)."""
+    wide = X.double().view(-1, draws, X.shape[1])
+    return X.copy_((scale * (wide - wide.mean(1, keepdim=True))).view(X.shape))
+
+
 def per_sample_gradients(A: Tensor, B: Tensor, dtype: torch.dtype, bias: bool = False) -> Tensor:
     """Σ_t b_it ã_itᵀ, shape (N, d_out, d_in + bias)."""
     A = A.repeat_interleave(B.shape[0] // A.shape[0], 0).to(dtype)

@@ -7,7 +7,7 @@ Kernels are not differentiable; the operations built on them are.
 
 from __future__ import annotations
 
-from dropscope.kernels.factors import accumulate, gram, project, sq_norms
+from dropscope.kernels.factors import accumulate, center, gram, project, sq_norms
 from dropscope.kernels.masks import apply_mask, keep_mask
 from dropscope.kernels.spectral import orthogonalize, probe, rotate
 from dropscope.reference import PROBE_SITE, ProbeKind
@@ -17,6 +17,7 @@ __all__ = [
     "ProbeKind",
     "accumulate",
     "apply_mask",
+    "center",
     "gram",
     "keep_mask",
     "orthogonalize",

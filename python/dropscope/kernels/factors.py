@@ -1,7 +1,297 @@
-"""Kernels of the factors room."""
+"""Kernels of the factors room: per-sample gradients Σ_t b_it a_itᵀ of linear maps, never formed.
+
+Rows are sample-major: sample i·M + m is draw m of sample i, and A may hold one row per M consecutive samples where
+the draws share it. Products run in the dtype of the factors, sums over tiles in the dtype of ``out``. bfloat16
+factors round each product of a tile once more to bfloat16 (relative error 2⁻⁹, independent between entries).
+"""
 
 from __future__ import annotations
 
-from dropscope.reference import accumulate, gram, project, sq_norms
+import torch
+from torch import Tensor
 
-__all__ = ["accumulate", "gram", "project", "sq_norms"]
+from dropscope import reference
+from dropscope.kernels import _tiles as tiles
+from dropscope.kernels._launch import CPU, contiguous_rows, device_of
+
+__all__ = ["accumulate", "center", "gram", "project", "sq_norms"]
+
+
+def _check_factors(name: str, A: Tensor, B: Tensor, label: str = "") -> None:
+    for letter, x in (("A", A), ("B", B)):
+        if not x.is_floating_point():
+            raise TypeError(f"{name}: {letter}{label} must be floating point, got {x.dtype}")
+        if x.dim() != 3:
+            raise ValueError(f"{name}: {letter}{label} must have shape (samples, T, units), got {tuple(x.shape)}")
+    if A.dtype != B.dtype:
+        raise TypeError(f"{name}: A{label} and B{label} must have one dtype, got {A.dtype} and {B.dtype}")
+    if A.device != B.device:
+        raise ValueError(f"{name}: A{label} and B{label} must be on one device, got {A.device} and {B.device}")
+    if A.shape[1] != B.shape[1]:
+        raise ValueError(f"{name}: A{label} and B{label} must have the same T, got {A.shape[1]} and {B.shape[1]}")
+    samples, rows = B.shape[0], A.shape[0]
+    if rows > samples or (samples and (rows == 0 or samples % rows)):
+        raise ValueError(f"{name}: the rows of A{label} must divide those of B{label} ({samples}), got {rows}")
+
+
+def _check(name: str, label: str, x: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: {label} must be floating point, got {x.dtype}")
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name}: {label} must have shape {shape}, got {tuple(x.shape)}")
+    if x.device != like.device:
+        raise ValueError(f"{name}: {label} must be on the device of the factors ({like.device}), got {x.device}")
+
+
+def _compiled(factors: tuple[Tensor, ...], others: tuple[Tensor, ...], sums: Tensor | None) -> bool:
+    """Whether the tiles can serve; else the reference does."""
+    if any(x.dtype not in tiles.FACTOR_DTYPES or x.dtype != factors[0].dtype for x in factors):
+        return False
+    if sums is not None and sums.dtype not in tiles.SUM_DTYPES:
+        return False
+    return device_of(*factors, *others) == CPU
+
+
+def _group(A: Tensor, B: Tensor) -> int:
+    """How many consecutive samples share a row of A."""
+    return B.shape[0] // A.shape[0]
+
+
+@torch.no_grad()
+def project(A: Tensor, B: Tensor, V: Tensor, out: Tensor) -> None:
+    """Inner products of per-sample gradients with K matrices: out[i, k] += Σ_t b_itᵀ V_k a_it.
+
+    Args:
+        A: (N/M, T, d_in), each row shared by M consecutive samples.
+        B: (N, T, d_out), of the dtype of A.
+        V: (K, d_out, d_in), rounded to the dtype of A.
+        out: (N, K), float32 or float64; added to.
+
+    Raises:
+        TypeError: an argument is not floating point, or A and B differ in dtype.
+        ValueError: shapes or devices disagree.
+    """
+    _check_factors("project", A, B)
+    _check("project", "V", V, (V.shape[0] if V.dim() else 0, B.shape[2], A.shape[2]), A)
+    _check("project", "out", out, (B.shape[0], V.shape[0]), A)
+    if out.numel() == 0:
+        return
+    if not _compiled((A, B), (V, out), out):
+        reference.project(A, B, V, out)
+        return
+    if not contiguous_rows(out):
+        sums = out.contiguous()
+        project(A, B, V, sums)
+        out.copy_(sums)
+        return
+    V, group = V.to(A.dtype), _group(A, B)
+    if group == 1 and A.shape[2] < B.shape[2]:  # the product is then narrower
+        A, B, V = B, A, V.transpose(1, 2)
+    steps, units = B.shape[1:]
+    together = max(1, min(V.shape[0], 2048 // max(1, units)))
+    for first in range(0, V.shape[0], together):
+        stacked = V[first : first + together].reshape(-1, V.shape[2])
+        rows = max(1, tiles.tile_rows(stacked.shape[0], A.element_size()) // steps)
+        for start in range(0, A.shape[0], rows):
+            a, b = A[start : start + rows], B[start * group : (start + rows) * group]
+            product = tiles.multiply(tiles.flat_rows(a), stacked.T)
+            target = out[start * group : (start + rows) * group, first : first + together]
+            tiles.row_dots(product, tiles.flat_rows(b), target, group, steps)
+
+
+@torch.no_grad()
+def accumulate(A: Tensor, B: Tensor, S: Tensor, out: Tensor) -> None:
+    """Weighted sums of per-sample gradients, the adjoint of :func:`project`: out[k] += Σ_i S[i, k] Σ_t b_it a_itᵀ.
+
+    The samples that share a row of A are summed before the product, which then has N/M rows.
+
+    Args:
+        A: (N/M, T, d_in), each row shared by M consecutive samples.
+        B: (N, T, d_out), of the dtype of A.
+        S: (N, K).
+        out: (K, d_out, d_in), float32 or float64; added to.
+
+    Raises:
+        TypeError: an argument is not floating point, or A and B differ in dtype.
+        ValueError: shapes or devices disagree.
+    """
+    _check_factors("accumulate", A, B)
+    _check("accumulate", "S", S, (B.shape[0], S.shape[1] if S.dim() == 2 else 0), A)
+    _check("accumulate", "out", out, (S.shape[1], B.shape[2], A.shape[2]), A)
+    if out.numel() == 0 or B.numel() == 0:
+        return
+    if not _compiled((A, B), (S, out), out):
+        reference.accumulate(A, B, S, out)
+        return
+    group, (steps, units) = _group(A, B), B.shape[1:]
+    S = S.to(torch.promote_types(A.dtype, torch.float32))
+    S = S if contiguous_rows(S) else S.contiguous()
+    together = max(1, min(S.shape[1], 2048 // max(1, units)))
+    for first in range(0, S.shape[1], together):
+        weights, target = S[:, first : first + together], out[first : first + together]
+        rows = max(1, tiles.tile_rows(weights.shape[1] * units, A.element_size()) // steps)
+        for start in range(0, A.shape[0], rows):
+            a, b = A[start : start + rows], B[start * group : (start + rows) * group]
+            packed = tiles.scale_rows(tiles.flat_rows(b), weights[start * group : (start + rows) * group], group, steps)
+            target += tiles.multiply(packed.T, tiles.flat_rows(a)).view(target.shape)
+
+
+@torch.no_grad()
+def gram(A: Tensor, B: Tensor, A2: Tensor, B2: Tensor, out: Tensor, *, bias: bool = False) -> None:
+    """Inner products of per-sample gradients: out[i, j] += ⟨Σ_t b_it ã_itᵀ, Σ_s b'_js ã'_jsᵀ⟩.
+
+    T = 1 is the Hadamard product of AA'ᵀ and BB'ᵀ. Longer sequences take the cheaper of its sum over (t, s), T·T'
+    times the work, and of the products of materialised gradients. With A2 and B2 the same tensors as A and B, one
+    half is computed and mirrored.
+
+    Args:
+        A: (N/M, T, d_in), each row shared by M consecutive samples.
+        B: (N, T, d_out), of the dtype of A.
+        A2: (N'/M', T', d_in).
+        B2: (N', T', d_out).
+        out: (N, N'), float32 or float64; added to.
+        bias: ã is a with a 1 appended, so that the bias's gradient is counted.
+
+    Raises:
+        TypeError: an argument is not floating point, or the factors differ in dtype.
+        ValueError: shapes or devices disagree.
+    """
+    _check_factors("gram", A, B)
+    _check_factors("gram", A2, B2, "2")
+    if A2.dtype != A.dtype:
+        raise TypeError(f"gram: A2 must have the dtype of A ({A.dtype}), got {A2.dtype}")
+    _check("gram", "A2", A2, (*A2.shape[:2], A.shape[2]), A)
+    _check("gram", "B2", B2, (*B2.shape[:2], B.shape[2]), A)
+    _check("gram", "out", out, (B.shape[0], B2.shape[0]), A)
+    if out.numel() == 0:
+        return
+    if not _compiled((A, B, A2, B2), (out,), out):
+        reference.gram(A, B, A2, B2, out, bias=bias)
+        return
+    if not contiguous_rows(out):
+        sums = out.contiguous()
+        gram(A, B, A2, B2, sums, bias=bias)
+        out.copy_(sums)
+        return
+    symmetric = _same(A, A2) and _same(B, B2)
+    ghost = _ghost_is_cheaper(A, B, A2, B2)
+    groups = (_group(A, B), _group(A2, B2))
+    steps = (B.shape[1], B2.shape[1]) if ghost else (1, 1)
+    sizes = [tiles.even_tile(x.shape[0], max(1, 512 // t), g) for x, t, g in zip((B, B2), steps, groups, strict=True)]
+    for i in range(0, B.shape[0], sizes[0]):
+        rows = _Operand(A, B, i, sizes[0], ghost, bias)
+        for j in range(0, i + 1 if symmetric else B2.shape[0], sizes[1]):
+            cols = rows if symmetric and i == j else _Operand(A2, B2, j, sizes[1], ghost, bias)
+            tile = out[i : i + rows.size, j : j + cols.size]
+            mirror = out[j : j + cols.size, i : i + rows.size] if symmetric else None
+            if ghost:
+                P, Q = tiles.multiply(rows.a, cols.a.T), tiles.multiply(rows.b, cols.b.T)
+                tiles.hadamard(P, Q, tile, mirror, groups=groups, steps=steps, shift=float(bias))
+            else:
+                tiles.hadamard(None, tiles.multiply(rows.b, cols.b.T), tile, mirror)
+
+
+class _Operand:
+    """Samples start .. start+size−1 of one side of a Gram matrix: flat factors, or materialised gradients in b."""
+
+    def __init__(self, A: Tensor, B: Tensor, start: int, size: int, ghost: bool, bias: bool) -> None:
+        group = _group(A, B)
+        a, b = A[start // group : (start + size) // group], B[start : start + size]
+        self.size = b.shape[0]
+        if ghost:
+            self.a, self.b = tiles.flat_rows(a), tiles.flat_rows(b)
+        else:
+            self.b = _materialise(a.repeat_interleave(group, 0), b, bias)
+
+
+def _materialise(A: Tensor, B: Tensor, bias: bool) -> Tensor:
+    """Per-sample gradients (n, d_out · d_in), followed by the bias's (n, d_out)."""
+    gradients = torch.bmm(B.transpose(1, 2), A).flatten(1)
+    return torch.cat((gradients, B.sum(1)), 1) if bias else gradients
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    return x is y or (x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride())
+
+
+def _ghost_is_cheaper(A: Tensor, B: Tensor, A2: Tensor, B2: Tensor) -> bool:
+    """Flops a pair of samples of both routes, materialising again for every tile of at most 512 samples."""
+    d_in, d_out, steps, steps2 = A.shape[2], B.shape[2], B.shape[1], B2.shape[1]
+    ghost = steps * steps2 * (d_in / _group(A, B) / _group(A2, B2) + d_out)
+    return ghost <= d_in * d_out * (1.0 + steps2 / min(512, B.shape[0]))
+
+
+@torch.no_grad()
+def sq_norms(A: Tensor, B: Tensor, *, bias: bool = False) -> Tensor:
+    """Squared norms of per-sample gradients, ‖Σ_t b_it ã_itᵀ‖²_F: the diagonal of :func:`gram`.
+
+    Args:
+        A: (N/M, T, d_in), each row shared by M consecutive samples.
+        B: (N, T, d_out), of the dtype of A.
+        bias: ã is a with a 1 appended.
+
+    Returns:
+        float64 (N,).
+
+    Raises:
+        TypeError: a factor is not floating point, or they differ in dtype.
+        ValueError: shapes or devices disagree.
+    """
+    _check_factors("sq_norms", A, B)
+    if B.shape[0] == 0:
+        return torch.zeros(0, dtype=torch.float64, device=B.device)
+    if not _compiled((A, B), (), None):
+        return reference.sq_norms(A, B, bias=bias)
+    group, (steps, units) = _group(A, B), B.shape[1:]
+    out = torch.zeros((B.shape[0], 1), dtype=torch.float64)
+    if steps == 1:
+        shared = torch.zeros((A.shape[0], 1), dtype=torch.float64)
+        for x, sums in ((tiles.flat_rows(A), shared), (tiles.flat_rows(B), out)):
+            tiles.row_dots(x, x, sums)
+        return (out.view(-1, group) * (shared + float(bias))).view(-1)
+    ghost = steps * steps * (A.shape[2] / group + units) <= steps * A.shape[2] * units
+    width = steps * steps if ghost else A.shape[2] * units
+    size = max(1, (1 << 20) // max(1, width * group))
+    wide = torch.promote_types(A.dtype, torch.float32)
+    for start in range(0, A.shape[0], size):
+        a, b = A[start : start + size].to(wide), B[start * group : (start + size) * group].to(wide)
+        target = out[start * group : (start + size) * group]
+        if ghost:
+            P = torch.bmm(a, a.transpose(1, 2)).flatten(1) + float(bias)
+            tiles.row_dots(P, torch.bmm(b, b.transpose(1, 2)).flatten(1), target, group)
+        else:
+            gradients = _materialise(a.repeat_interleave(group, 0), b, bias)
+            tiles.row_dots(gradients, gradients, target)
+    return out.view(-1)
+
+
+@torch.no_grad()
+def center(X: Tensor, draws: int, scale: float = 1.0) -> Tensor:
+    """Subtract, in place, the mean over each run of ``draws`` consecutive rows, and multiply by ``scale``.
+
+    X[i·M + m] ← scale (X[i·M + m] − M⁻¹ Σ_l X[i·M + l]), means in float64.
+
+    Args:
+        X: (n·M, K), floating point; changed.
+        draws: M, which divides the number of rows.
+        scale: a factor.
+
+    Returns:
+        X.
+
+    Raises:
+        TypeError: X is not floating point.
+        ValueError: X is not a matrix or ``draws`` does not divide its rows.
+    """
+    if not X.is_floating_point():
+        raise TypeError(f"center: X must be floating point, got {X.dtype}")
+    if X.dim() != 2:
+        raise ValueError(f"center: X must have shape (rows, K), got {tuple(X.shape)}")
+    if draws < 1 or X.shape[0] % draws:
+        raise ValueError(f"center: draws must divide the {X.shape[0]} rows of X, got {draws}")
+    if X.numel() == 0:
+        return X
+    if X.dtype in tiles.SUM_DTYPES and contiguous_rows(X) and device_of(X) == CPU:
+        tiles.center_rows(X, draws, scale)
+        return X
+    return reference.center(X, draws, scale)

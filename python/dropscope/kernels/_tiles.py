@@ -1,0 +1,116 @@
+"""Row tiles of torch's products with our passes around them, on plain CPU tensors of the factors' dtypes."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+
+import torch
+from torch import Tensor
+
+from dropscope.kernels._launch import CPU, DTYPES, MatrixArgument, _core, contiguous_rows, matrix
+
+FACTOR_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+SUM_DTYPES = (torch.float32, torch.float64)
+_TILE_BYTES = 4 << 20
+_NOTHING: MatrixArgument = (0, 0, 0, 0, 0)
+
+
+@functools.cache
+def _prefer_onednn() -> bool:
+    """Whether oneDNN multiplies float32 matrices faster than the BLAS of torch.mm.
+
+    MKL keeps its AVX-512 code to Intel's CPUs; elsewhere oneDNN's runs 2.2 times faster, at the same precision.
+    """
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
+        return False
+    try:
+        return "GenuineIntel" not in pathlib.Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def multiply(a: Tensor, b: Tensor) -> Tensor:
+    """The matrix product a b."""
+    if a.dtype == torch.float32 and a.numel() and b.numel() and _prefer_onednn():
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
+        return product
+    return torch.mm(a, b)
+
+
+def flat_rows(x: Tensor) -> Tensor:
+    """(n, T, d) as (n·T, d) with contiguous rows; a copy only where the strides demand it."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if contiguous_rows(rows) else rows.contiguous()
+
+
+def tile_rows(width: int, itemsize: int, multiple: int = 1) -> int:
+    """Rows of a tile of this width that stays in cache: at most 2048, at least 256, a multiple of ``multiple``."""
+    rows = min(2048, max(256, _TILE_BYTES // max(1, width * itemsize)))
+    return max(1, rows // multiple) * multiple
+
+
+def even_tile(total: int, largest: int, multiple: int = 1) -> int:
+    """The size at most about ``largest`` that cuts ``total`` evenly, so that products of few shapes are needed."""
+    pieces = max(1, -(-total // largest))
+    return -(-total // (pieces * multiple)) * multiple
+
+
+def row_dots(P: Tensor, B: Tensor, out: Tensor, group: int = 1, steps: int = 1) -> None:
+    """out[i, k] += Σ_t ⟨P[(i // group)·steps + t, block k], B[i·steps + t]⟩, summed in float64."""
+    _core.row_dots(CPU, matrix(P), matrix(B), matrix(out), group, steps, torch.get_num_threads())
+
+
+def scale_rows(B: Tensor, S: Tensor, group: int = 1, steps: int = 1) -> Tensor:
+    """[i·steps + t, block k] = Σ_{m < group} S[i·group + m, k] B[(i·group + m)·steps + t]."""
+    out = B.new_empty((B.shape[0] // group, S.shape[1] * B.shape[1]))
+    _core.scale_rows(CPU, matrix(B), matrix(S), matrix(out), group, steps, torch.get_num_threads())
+    return out
+
+
+def hadamard(
+    P: Tensor | None,
+    Q: Tensor,
+    out: Tensor,
+    mirror: Tensor | None = None,
+    *,
+    groups: tuple[int, int] = (1, 1),
+    steps: tuple[int, int] = (1, 1),
+    shift: float = 0.0,
+) -> None:
+    """out[i, j] += Σ_ts (P + shift) Q over the block (i, j), and mirror[j, i] likewise; P None stands for 1."""
+    _core.hadamard(
+        CPU,
+        _NOTHING if P is None else matrix(P),
+        matrix(Q),
+        matrix(out),
+        _NOTHING if mirror is None else matrix(mirror),
+        *groups,
+        *steps,
+        shift,
+        torch.get_num_threads(),
+    )
+
+
+def center_rows(X: Tensor, draws: int, scale: float) -> None:
+    """X[i·draws + m] ← scale (X[i·draws + m] − mean over m), in place."""
+    _core.center(CPU, matrix(X), draws, scale, torch.get_num_threads())
+
+
+__all__ = [
+    "DTYPES",
+    "FACTOR_DTYPES",
+    "SUM_DTYPES",
+    "center_rows",
+    "even_tile",
+    "flat_rows",
+    "hadamard",
+    "multiply",
+    "row_dots",
+    "scale_rows",
+    "tile_rows",
+]
