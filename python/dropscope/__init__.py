@@ -9,5 +9,8 @@ from dropscope.masks import dropout as dropout
 from dropscope.masks import keep_mask as keep_mask
 from dropscope.masks import keep_probability as keep_probability
 from dropscope.masks import replay_dropout as replay_dropout
+from dropscope.spectral import Eigenpairs as Eigenpairs
+from dropscope.spectral import EigenStatus as EigenStatus
+from dropscope.spectral import eigsh as eigsh
 
 __version__ = "0.1.0.dev0"
