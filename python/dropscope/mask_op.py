@@ -22,6 +22,11 @@ torch.library.define("dropscope::mask", "(Tensor x, Tensor streams, int seed, in
 torch.library.define("dropscope::keep", "(Tensor streams, SymInt units, int seed, int site, int threshold) -> Tensor")
 
 
+def unsigned(word: int) -> int:
+    """The 64-bit word behind an int64, which is what the kernels take."""
+    return word & 0xFFFF_FFFF_FFFF_FFFF
+
+
 def signed(word: int) -> int:
     """The int64 with the bits of an unsigned 64-bit word: torch's schemas know no unsigned integer."""
     return word - (1 << 64) if word >> 63 else word
@@ -68,7 +73,8 @@ def _mask(x: Tensor, streams: Tensor, seed: int, site: int, threshold: int) -> T
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
         flat = x.contiguous().view(rows, -1)
-        kernels.apply_mask(flat, streams, seed=seed, site=site, threshold=threshold, out=out.view(rows, -1))
+        words = {"seed": unsigned(seed), "site": unsigned(site)}
+        kernels.apply_mask(flat, streams, **words, threshold=threshold, out=out.view(rows, -1))
     return out
 
 
@@ -77,7 +83,7 @@ def _mask_fake(x: Tensor, streams: Tensor, seed: int, site: int, threshold: int)
 
 
 def _keep(streams: Tensor, units: int, seed: int, site: int, threshold: int) -> Tensor:
-    return kernels.keep_mask(streams, units, seed=seed, site=site, threshold=threshold)
+    return kernels.keep_mask(streams, units, seed=unsigned(seed), site=unsigned(site), threshold=threshold)
 
 
 def _keep_fake(streams: Tensor, units: int, seed: int, site: int, threshold: int) -> Tensor:  # noqa: ARG001
