@@ -38,6 +38,11 @@ class Batch:
         """Number of rows."""
         return len(self.samples)
 
+    @property
+    def elements(self) -> int:
+        """Number of elements of its tensors, the measure of its size."""
+        return sum(t.numel() for t in _tensors(self.content))
+
     def repeat(self, draws: int) -> Batch:
         """Return the batch with every sample ``draws`` times in a row: row i·draws + m is draw m of sample i."""
         if draws == 1:

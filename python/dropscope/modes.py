@@ -1,15 +1,18 @@
-"""The model's mode while it is measured: switched for a block, then as it was found."""
+"""The model while it is measured: its mode switched and its kernels chosen for a block, then as it was found."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
+import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 
+_SPECTRAL = getattr(nn.utils.parametrizations, "_SpectralNorm", _NormBase)
 # In train mode these couple the samples of a batch, or write to their buffers.
-_COUPLING: tuple[type[nn.Module], ...] = (_NormBase, nn.utils.parametrizations._SpectralNorm)
+_COUPLING: tuple[type[nn.Module], ...] = (_NormBase, _SPECTRAL)
 
 
 @contextmanager
@@ -29,3 +32,14 @@ def mode(model: nn.Module, train: bool) -> Iterator[None]:
         for module, was in before:
             if module.training != was:
                 module.training = was
+
+
+@contextmanager
+def twice_differentiable(model: nn.Module) -> Iterator[None]:
+    """Run a block in kernels that have a second derivative: attention by plain products, RNNs without cuDNN."""
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        yield

@@ -190,7 +190,7 @@ class Problem:
             elif handlers:
                 from dropscope.intercept import Interceptor
 
-                stack.enter_context(Interceptor(handlers, self.model))
+                stack.enter_context(Interceptor(handlers, self.model).opened())
             output, target = self._call(rows.content)
         values, weights = self.loss(output, target, rows.size)
         if self.loss.reduction == "sum":
