@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,10 @@ from tqdm import tqdm
 
 from dropscope import probes
 from dropscope.data import Batch, Batches
+from dropscope.intercept import Handler, Interceptor
 from dropscope.losses import Loss, SampleLoss
+from dropscope.masks import MaskKey, Sharing, make_streams, replay_streams
 from dropscope.modes import mode
-
-if TYPE_CHECKING:
-    from dropscope.intercept import Handler
-    from dropscope.masks import MaskKey
 
 __all__ = ["Batch", "Problem"]
 
@@ -139,7 +137,7 @@ class Problem:
         masks: MaskKey | None = None,
         draws: int = 1,
         *,
-        sharing: str = "sample",
+        sharing: Sharing = "sample",
         handlers: Mapping[Callable[..., Any], Handler] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the values sᵢ, graph attached, and the weights wᵢ of a batch.
@@ -163,7 +161,7 @@ class Problem:
         masks: MaskKey | None = None,
         draws: int = 1,
         *,
-        sharing: str = "sample",
+        sharing: Sharing = "sample",
         handlers: Mapping[Callable[..., Any], Handler] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """:meth:`sample_losses` without the probes, which are made of it."""
@@ -173,8 +171,6 @@ class Problem:
         with ExitStack() as stack:
             stack.enter_context(mode(self.model, train=masks is not None))
             if masks is not None:
-                from dropscope.masks import make_streams, replay_streams
-
                 draw = torch.arange(masks.draw, masks.draw + draws, device=self.device).repeat(batch.size)
                 streams = make_streams(draw, rows.samples)
                 stack.enter_context(
@@ -188,8 +184,6 @@ class Problem:
                     )
                 )
             elif handlers:
-                from dropscope.intercept import Interceptor
-
                 stack.enter_context(Interceptor(handlers, self.model).opened())
             output, target = self._call(rows.content)
         values, weights = self.loss(output, target, rows.size)
@@ -221,7 +215,7 @@ class Problem:
                 total += finite_sum(self.raw_losses(batch, masks)[0], batch)
         return total / self.total_weight
 
-    def gradient(self, masks: MaskKey | None = None, draws: int = 1, sharing: str = "sample") -> Tensor:
+    def gradient(self, masks: MaskKey | None = None, draws: int = 1, sharing: Sharing = "sample") -> Tensor:
         """Return ∇R, shape (dim,), or its mean over ``draws`` draws of the masks.
 
         Raises:
@@ -238,7 +232,7 @@ class Problem:
                 total += self._batch_gradient(batch, key, sharing, weight).to(total.dtype)
         return total.to(self.dtype)
 
-    def _batch_gradient(self, batch: Batch, key: MaskKey | None, sharing: str, weight: float) -> Tensor:
+    def _batch_gradient(self, batch: Batch, key: MaskKey | None, sharing: Sharing, weight: float) -> Tensor:
         with torch.enable_grad():
             values, _ = self.raw_losses(batch, key, sharing=sharing)
             finite_sum(values, batch)

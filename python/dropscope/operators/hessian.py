@@ -170,13 +170,13 @@ class Hessian(SymmetricOperator):
         problem = self.problem
         with forward_ad.dual_level(), torch.enable_grad():
             duals = {
-                name: forward_ad.make_dual(p.detach().clone().requires_grad_(), part)
+                name: forward_ad.make_dual(p.detach().clone().requires_grad_(), part)  # type: ignore[no-untyped-call]
                 for (name, p), part in zip(problem.params.items(), self._parts(v), strict=True)
             }
             values, _ = problem.substituted(duals, lambda: problem.raw_losses(batch, key))
             finite_sum(values, batch)
             gradients = torch.autograd.grad(values.sum(), list(duals.values()), materialize_grads=True)
-            return [forward_ad.unpack_dual(g).tangent for g in gradients]
+            return [forward_ad.unpack_dual(g).tangent for g in gradients]  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
