@@ -39,7 +39,7 @@ def twice_differentiable(model: nn.Module) -> Iterator[None]:
     """Run a block in kernels that have a second derivative: attention by plain products, RNNs without cuDNN."""
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        on_cuda = any(p.is_cuda for p in model.parameters())
+        if on_cuda and any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
         yield
