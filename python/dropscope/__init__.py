@@ -12,5 +12,6 @@ from dropscope.masks import replay_dropout as replay_dropout
 from dropscope.spectral import Eigenpairs as Eigenpairs
 from dropscope.spectral import EigenStatus as EigenStatus
 from dropscope.spectral import eigsh as eigsh
+from dropscope.operators.gradient_noise import GradientNoise as GradientNoise
 
 __version__ = "0.1.0.dev0"

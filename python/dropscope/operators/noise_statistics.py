@@ -111,7 +111,7 @@ def direction_moments(P: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def scale_estimate(values: Tensor, variances: Tensor, gaussian: Tensor, factor: float = 1.0) -> Estimate:
-    """factor · Σ_i values_i with its error.
+    """Sum of within-sample variances, factor · Σ_i values_i, with its error.
 
     ν = 2q²/max(ΣV_i, its Gaussian form), q = Σ values_i (Satterthwaite): ν·q/truth is taken as χ²(ν).
 
@@ -134,6 +134,12 @@ def scale_estimate(values: Tensor, variances: Tensor, gaussian: Tensor, factor: 
     return Estimate(
         factor * total, factor * math.sqrt(error), dof, "ok" if dof >= MIN_DOF else "heavy_tailed", scale=True
     )
+
+
+def direction_estimates(P: Tensor, factor: float) -> list[Estimate]:
+    """Variance along each direction, factor · Σ_i s_i², from P as in :func:`direction_moments`."""
+    variance, error, gaussian = direction_moments(P)
+    return [scale_estimate(variance[:, k], error[:, k], gaussian[:, k], factor) for k in range(P.shape[2])]
 
 
 def effective_samples(moments: TraceMoments) -> float:
@@ -185,3 +191,40 @@ def gain(samples: float, excess: float) -> float:
     if math.isnan(samples) or math.isnan(excess):
         return math.nan
     return math.inf if excess <= -2.0 else max((excess + 2.0 * samples) / (excess + 2.0), 1.0)
+
+
+def split_traces(sample_grams: Tensor, draw_gram: Tensor) -> tuple[Estimate, Estimate]:
+    """Traces of B/n and (W + B)/n, with errors from a jackknife over draws (Student's t, M-1 degrees of freedom).
+
+    tr B = [Σ_i ‖ḡ_i‖² - n‖ḡ‖²]/(n-1) - tr W/M.
+
+    Args:
+        sample_grams: ⟨g_im, g_il⟩, float64 (n, M, M).
+        draw_gram: Gram matrix of the full-batch gradients (1/n) Σ_i g_im of each draw, float64 (M, M).
+
+    Returns:
+        The two estimates; without errors for fewer than 4 draws.
+    """
+    n, M = sample_grams.shape[:2]
+    # Removing the mean first costs nothing in exactness: both traces are differences of sums over pairs of draws.
+    sums = sample_grams.sum(0)
+    noise = centre(centre(sample_grams, 1), 2).diagonal(dim1=1, dim2=2).sum(0)
+
+    def traces(kept: list[int]) -> tuple[float, float]:
+        m = len(kept)
+        grid = torch.tensor(kept)
+        means = float(sums[grid][:, grid].sum() - n * n * draw_gram[grid][:, grid].sum() / n) / m**2
+        if m == M:
+            W = float(noise.sum()) / (M - 1) / n
+        else:
+            part = sample_grams[:, grid][:, :, grid]
+            W = float((part.diagonal(dim1=1, dim2=2).sum() - part.sum() / m) / max(m - 1, 1)) / n
+        B = means / (n - 1) - W / m
+        return B / n, (W + B) / n
+
+    values = traces(list(range(M)))
+    if M < MIN_DRAWS_FOR_ERROR:
+        return tuple(Estimate(v, math.nan, math.nan, "no_error") for v in values)  # type: ignore[return-value]
+    left = torch.tensor([traces([other for other in range(M) if other != m]) for m in range(M)], dtype=torch.float64)
+    errors = ((left - left.mean(0)).square().sum(0) * (M - 1) / M).sqrt().tolist()
+    return tuple(Estimate(v, e, M - 1) for v, e in zip(values, errors, strict=True))  # type: ignore[return-value]

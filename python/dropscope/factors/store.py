@@ -1,0 +1,313 @@
+"""Where the per-sample gradients live: in memory, in bf16, on disk, or made again for every product."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from dropscope.factors.blocks import Block, DenseBlock, FactorBlock
+from dropscope.factors.capture import join_draws, part_of, record, rows_of
+from dropscope.factors.fallback import MatrixFreeBlock, dense_rows
+from dropscope.factors.layers import Factors
+from dropscope.factors.plan import Plan, draws_masks, make_plan
+from dropscope.masks import MaskKey
+from dropscope.problem import Batch, Problem
+
+Cache = Literal["auto", "factors", "bf16", "disk", "recompute"]
+CACHES = ("auto", "factors", "bf16", "disk", "recompute")
+# Shares of the memory that is free: what stored gradients may take, and what one pass may.
+STORE_SHARE, PASS_SHARE = 0.5, 0.25
+MAX_ROWS_PER_PASS = 4096
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Per-sample gradients of some samples under all M draws; rows are sample-major.
+
+    Attributes:
+        start: first sample.
+        samples: number of samples.
+        draws: M.
+        blocks: one for each group of parameters; their answers add.
+    """
+
+    start: int
+    samples: int
+    draws: int
+    blocks: tuple[Block, ...]
+
+    @property
+    def rows(self) -> int:
+        """Number of rows, samples · draws."""
+        return self.samples * self.draws
+
+    def project(self, Vt: Tensor) -> Tensor:
+        """⟨g_r, V_k⟩, (rows, K), for the rows of Vt (K, dim)."""
+        out = Vt.new_zeros(self.rows, len(Vt))
+        for block in self.blocks:
+            block.project(Vt, out)
+        return out
+
+    def accumulate(self, S: Tensor, out: Tensor) -> None:
+        """out[k] += Σ_r S[r, k] g_r; S: (rows, K), out: (K, dim)."""
+        S = S.contiguous()
+        for block in self.blocks:
+            block.accumulate(S, out)
+
+    def sample_gram(self) -> Tensor:
+        """⟨g_im, g_il⟩ of each sample, float64 (samples, M, M)."""
+        device = next((t.device for b in self.blocks for t in b.tensors().values()), None)
+        out = torch.zeros(self.samples, self.draws, self.draws, dtype=torch.float64, device=device)
+        for block in self.blocks:
+            block.add_sample_gram(out)
+        return out
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored."""
+        return sum(block.nbytes for block in self.blocks)
+
+
+class Table:
+    """The table g_im of per-sample gradients, i = 1..n, m = 1..M, as a sequence of chunks.
+
+    Args:
+        problem: the problem.
+        draws: M; the draws are 0..M-1 of ``seed``.
+        seed: seed of the masks.
+        cache: where it lives; ``"auto"`` is ``"factors"`` if it fits, else ``"recompute"``.
+        sharing: ``"sample"``, or ``"batch"``: then the one "sample" is the whole data set.
+        memory: bytes that it may take; by default half of what is free.
+        progress: whether to show a progress bar while capturing.
+
+    Attributes:
+        quiet: the model drew no mask, so that all draws are equal and one is stored.
+        stored_draws: M, or 1 when quiet.
+
+    Raises:
+        ValueError: if ``memory`` is too small, or a gradient is not finite.
+    """
+
+    def __init__(
+        self, problem: Problem, draws: int, seed: int, cache: Cache, sharing: str, memory: int | None, progress: bool
+    ) -> None:
+        self.problem, self.seed, self.draws, self.sharing, self.progress = problem, seed, draws, sharing, progress
+        free = free_memory(problem.device)
+        self.budget = int(free * STORE_SHARE) if memory is None else memory
+        self.n = problem.n if sharing == "sample" else 1
+        batch = next(iter(problem.batches()))
+        self.quiet = not draws_masks(problem, batch, seed, sharing)
+        self.stored_draws = 1 if self.quiet else draws
+        self.largest = batch.size
+        self.plan = self._make_plan(batch)
+        self.step = self._fit_pass(int((free if memory is None else memory) * PASS_SHARE))
+        self.cache = self._choose(cache)
+        self.folder: Path | None = None
+        self._chunks: list[Chunk] | None = None
+
+    def __len__(self) -> int:
+        """Number of rows stored, n·M."""
+        return self.n * self.stored_draws
+
+    @property
+    def complete(self) -> bool:
+        """Whether every parameter has rows, so that Gram matrices can be had."""
+        return not self.plan.names("matrix_free")
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The chunks, in the order of the samples."""
+        if self.cache == "recompute":
+            yield from self._capture("noise")
+            return
+        if self._chunks is None:
+            self._chunks = self._fill()
+        if self.cache == "disk":
+            for index, chunk in enumerate(self._chunks):
+                yield self._load(index, chunk)
+        else:
+            yield from self._chunks
+
+    def gram(self) -> Tensor:
+        """⟨g_r, g_q⟩ of all rows, (nM, nM).
+
+        Raises:
+            ValueError: if a parameter is matrix-free, or the gradients are not stored.
+        """
+        if not self.complete or self.cache == "recompute":
+            why = self.plan.names("matrix_free") or f"cache={self.cache!r}"
+            raise ValueError(f"gram: every per-sample gradient must be stored, got {why}; use products instead")
+        dtype = torch.promote_types(self.problem.dtype, torch.float32)
+        out = torch.zeros(len(self), len(self), dtype=dtype, device=self.problem.device)
+        for i, rows in enumerate(self.chunks()):
+            at = slice(rows.start * rows.draws, rows.start * rows.draws + rows.rows)
+            for cols in itertools.islice(self.chunks(), i + 1):
+                to = slice(cols.start * cols.draws, cols.start * cols.draws + cols.rows)
+                for mine, other in zip(rows.blocks, cols.blocks, strict=True):
+                    mine.add_gram(mine if cols.start == rows.start else other, out[at, to])
+                if cols.start != rows.start:
+                    out[to, at] = out[at, to].T
+        return out
+
+    def close(self) -> None:
+        """Drop what is stored; a later use would capture again."""
+        self._chunks = None
+        if self.folder is not None:
+            self._finalizer()
+            self.folder = None
+
+    def _make_plan(self, batch: Batch) -> Plan:
+        size = self.problem.dim * torch.empty(0, dtype=self.problem.dtype).element_size()
+        if self.sharing == "batch":
+            return Plan(sample_bytes=size * self.stored_draws, pass_bytes=1)
+        return make_plan(self.problem, batch, self.seed, self.stored_draws, self.budget)
+
+    def _fit_pass(self, room: int) -> int:
+        """Rows of one pass."""
+        return max(1, min(MAX_ROWS_PER_PASS, room // self.plan.pass_bytes))
+
+    def _choose(self, cache: Cache) -> Cache:
+        need = self.plan.sample_bytes * self.n
+        if cache in ("auto", "factors") and need <= self.budget:
+            return "factors"
+        if cache == "factors" or (cache == "bf16" and need // 2 > self.budget):
+            asked = need if cache == "factors" else need // 2
+            raise ValueError(
+                f"GradientNoise: memory must be at least {asked} bytes for cache={cache!r} with {self.draws} draws of "
+                f"{self.n} samples, got {self.budget}; use fewer draws, or cache='disk' or 'recompute'"
+            )
+        if cache != "bf16":
+            chunk = self.plan.sample_bytes * min(self.n, self.largest if self.sharing == "sample" else 1)
+            if chunk > self.budget:
+                raise ValueError(
+                    f"GradientNoise: memory must be at least {chunk} bytes, what one batch of gradients takes, "
+                    f"got {self.budget}; use smaller batches or fewer draws"
+                )
+        return "recompute" if cache == "auto" else cache
+
+    def _fill(self) -> list[Chunk]:
+        kept = []
+        if self.cache == "disk":
+            self.folder = Path(tempfile.mkdtemp(prefix="dropscope-"))
+            self._finalizer = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        for index, chunk in enumerate(self._capture("capture")):
+            if self.cache == "bf16":
+                kept.append(_converted(chunk, torch.bfloat16))
+            elif self.cache == "disk":
+                assert self.folder is not None
+                tensors = {
+                    f"{b}.{name}": t.contiguous()
+                    for b, block in enumerate(chunk.blocks)
+                    for name, t in block.tensors().items()
+                }
+                save_file(tensors, self.folder / f"{index}.safetensors")
+                kept.append(_emptied(chunk))
+            else:
+                kept.append(chunk)
+        return kept
+
+    def _load(self, index: int, chunk: Chunk) -> Chunk:
+        assert self.folder is not None
+        device = str(self.problem.device)
+        with safe_open(self.folder / f"{index}.safetensors", framework="pt", device=device) as file:
+            blocks = tuple(
+                block.replace({name: file.get_tensor(f"{b}.{name}") for name in block.tensors()})
+                for b, block in enumerate(chunk.blocks)
+            )
+        return Chunk(chunk.start, chunk.samples, chunk.draws, blocks)
+
+    def _capture(self, title: str) -> Iterator[Chunk]:
+        if self.sharing == "batch":
+            yield self._full_gradients(title)
+            return
+        start = 0
+        with tqdm(total=len(self), desc=title, unit="row", disable=not self.progress, leave=False) as bar:
+            for batch in self.problem.batches():
+                yield Chunk(start, batch.size, self.stored_draws, tuple(self._blocks(batch)))
+                start += batch.size
+                bar.update(batch.size * self.stored_draws)
+
+    def _full_gradients(self, title: str) -> Chunk:
+        rows = torch.empty(self.stored_draws, self.problem.dim, dtype=self.problem.dtype, device=self.problem.device)
+        for m in tqdm(range(self.stored_draws), desc=title, unit="draw", disable=not self.progress, leave=False):
+            rows[m] = self.problem.gradient(MaskKey(self.seed, m), sharing="batch")
+        return Chunk(0, 1, self.stored_draws, (DenseBlock(rows, slice(0, self.problem.dim)),))
+
+    def _groups(self, batch: Batch) -> list[tuple[int, int]]:
+        """(first draw, number of draws) of the passes over a batch."""
+        M = self.stored_draws
+        step = max(1, min(M, self.step // batch.size))
+        return [(first, min(step, M - first)) for first in range(0, M, step)]
+
+    def _blocks(self, batch: Batch) -> Iterator[Block]:
+        plan, blocks, groups = self.plan, self.problem.blocks, self._groups(batch)
+        captured = plan.names("factors", "rows")
+        if captured:
+            passes = [self._pass(batch, captured, *group) for group in groups]
+            for name in captured:
+                if name in plan.biases.values():
+                    continue
+                part = join_draws([parts.pop(name) for parts in passes], batch.size)
+                if isinstance(part, Factors):
+                    bias = plan.biases.get(name)
+                    yield FactorBlock(part.A, part.B, blocks[name], None if bias is None else blocks[bias])
+                else:
+                    yield DenseBlock(part, blocks[name])
+        dense = plan.names("dense")
+        if dense:
+            rows = dense_rows(self.problem, batch, dense, MaskKey(self.seed, 0), self.stored_draws)
+            for name, G in zip(dense, rows, strict=True):
+                yield DenseBlock(G, blocks[name])
+        free = plan.names("matrix_free")
+        if free:
+            yield MatrixFreeBlock(self.problem, batch, free, self.seed, groups)
+
+    def _pass(self, batch: Batch, names: list[str], first: int, draws: int) -> dict[str, Factors | Tensor]:
+        key = MaskKey(self.seed, first)
+        ids = {id(self.problem.params[name]): name for name in names}
+        uses, gradients = record(self.problem, batch, ids, key, draws)
+        found: dict[str, Factors | Tensor] = {}
+        for name in names:
+            if name in self.plan.biases.values():
+                continue
+            route = self.plan.routes[name]
+            part = part_of(name, uses, gradients, batch.size, draws, route.layout)
+            found[name] = rows_of(part) if route.kind == "rows" else part
+        return found
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had on a device now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _converted(chunk: Chunk, dtype: torch.dtype) -> Chunk:
+    blocks = tuple(b.replace({name: t.to(dtype) for name, t in b.tensors().items()}) for b in chunk.blocks)
+    return Chunk(chunk.start, chunk.samples, chunk.draws, blocks)
+
+
+def _emptied(chunk: Chunk) -> Chunk:
+    """The chunk without its numbers, which are on disk: its shapes stay, on a device that stores nothing."""
+    blocks = tuple(b.replace({name: t.to("meta") for name, t in b.tensors().items()}) for b in chunk.blocks)
+    return Chunk(chunk.start, chunk.samples, chunk.draws, blocks)
