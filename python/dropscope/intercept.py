@@ -15,6 +15,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ import torch.utils.checkpoint
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+_OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 _WRAPPED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "AveragedModel"}
 
@@ -72,13 +74,18 @@ class Interceptor(TorchFunctionMode):
 
     def __init__(self, handlers: Mapping[Callable[..., Any], Handler], model: nn.Module | None = None) -> None:
         super().__init__()
-        self.handlers: dict[Callable[..., Any], Handler] = {F.multi_head_attention_forward: attention_body, **handlers}
+        self._entered: list[contextlib.ExitStack] = []
+        self.handlers = chained(handlers, {F.multi_head_attention_forward: attention_body})
         self.names = {} if model is None else {id(module): name for name, module in module_names(model).items()}
         self.model = model  # keeps the ids of its modules alive
         self.tally: dict[str, int] = {}
         """Counts since the context was entered; a checkpoint's recomputation finds them as its forward did."""
         self.recomputing = False
         """Whether a checkpoint's recomputation runs: handlers that record must not record twice."""
+        self.operators: set[str] = set()
+        """Operators of ``torch.ops`` called by name, which no handler knows."""
+        self.shared: set[str] = set()
+        """Calls whose mask the whole batch shares although masks are per sample: on parameters, single numbers."""
 
     @property
     def path(self) -> str:
@@ -91,7 +98,7 @@ class Interceptor(TorchFunctionMode):
 
     @property
     def running(self) -> list[tuple[nn.Module, tuple[Any, ...]]]:
-        """The modules running in this thread and their positional arguments, innermost last."""
+        """The modules running in this thread and their arguments, innermost last."""
         return _frames.modules
 
     def __torch_function__(
@@ -106,17 +113,43 @@ class Interceptor(TorchFunctionMode):
             result = handler(Call(func, args, kwargs or {}, self))
             if result is not NotImplemented:
                 return result
+        elif isinstance(func, _OPERATORS):
+            self.operators.add(f"{func} in module {self.path!r}")
         return func(*args, **kwargs) if kwargs else func(*args)
 
-    @contextlib.contextmanager
-    def opened(self) -> Iterator[Interceptor]:
-        """Enter the mode with module paths tracked, checkpoints bound and compiled callables run eagerly."""
-        with _patches, _eager(), self:
-            _frames.open.append(self)
-            try:
-                yield self
-            finally:
-                _frames.open.remove(self)
+    def __enter__(self) -> Interceptor:
+        """Track module paths, bind checkpoints, run compiled callables eagerly; inside itself, only switch on again."""
+        with contextlib.ExitStack() as stack:
+            if not any(self is mode for mode in _frames.open):
+                stack.enter_context(_patches)
+                stack.enter_context(_eager())
+                _frames.open.append(self)
+                stack.callback(_frames.open.remove, self)
+            super().__enter__()  # type: ignore[no-untyped-call]
+            self._entered.append(stack.pop_all())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        self._entered.pop().close()
+
+
+def chained(*tables: Mapping[Callable[..., Any], Handler]) -> dict[Callable[..., Any], Handler]:
+    """One table of several: for a function in more than one, the first handler that does not let it through."""
+    merged: dict[Callable[..., Any], Handler] = {}
+    for table in tables:
+        merged |= {func: _either(merged[func], rule) if func in merged else rule for func, rule in table.items()}
+    return merged
+
+
+def _either(first: Handler, second: Handler) -> Handler:
+    def handler(call: Call) -> Any:
+        result = first(call)
+        return second(call) if result is NotImplemented else result
+
+    return handler
 
 
 def attention_body(call: Call) -> Any:
@@ -195,7 +228,7 @@ def _tracked(call: Callable[..., Any]) -> Callable[..., Any]:
         if not _frames.open:
             return call(self, *args, **kwargs)
         modules = _frames.modules
-        modules.append((self, args))
+        modules.append((self, (*args, *kwargs.values())))
         try:
             return call(self, *args, **kwargs)
         finally:

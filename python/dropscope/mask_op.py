@@ -165,11 +165,15 @@ def mask_rows(x: Tensor, streams: Tensor, seed: int, site: int, threshold: int) 
         keep = torch.ops.dropscope.keep(
             streams, x.numel() // max(streams.shape[0], 1), signed(seed), signed(site), threshold
         )
-        return select(keep.view(x.shape), x, threshold)
+        return select(keep.view(x.shape), threshold, x)
     return _apply(x, streams, signed(seed), signed(site), threshold)
 
 
-def select(keep: Tensor, x: Tensor, threshold: int) -> Tensor:
+def select(keep: Tensor, threshold: int, x: Tensor) -> Tensor:
     """The same from a mask that broadcasts against x: kept values rounded once, dropped ones +0 whatever x was."""
+    if threshold == 65536:
+        return x
+    if threshold == 0:
+        return x.masked_fill(~keep, 0.0)
     scaled = (x.to(wide(x.dtype)) * keep_scale(threshold, x.dtype)).to(x.dtype)
     return torch.where(keep, scaled, torch.zeros((), dtype=x.dtype, device=x.device))

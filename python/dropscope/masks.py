@@ -15,9 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dropscope.intercept import Handler, Interceptor
+from dropscope.intercept import Handler, Interceptor, chained
 from dropscope.mask_op import UNITS_LIMIT, keep_rows, keep_threshold, mask_rows, signed
+from dropscope.randomness import Generators, name_random_ops, random_rules, refuse_hidden
 from dropscope.replay import SHARED_SAMPLE, Replay, elementwise_rules
+from dropscope.replay_layers import layer_rules
 
 __all__ = [
     "SHARED_SAMPLE",
@@ -27,6 +29,7 @@ __all__ = [
     "keep_probability",
     "keep_threshold",
     "make_streams",
+    "name_random_ops",
     "replay_dropout",
     "replay_streams",
 ]
@@ -198,9 +201,15 @@ def replay_streams(
     if sharing == "batch":
         streams = streams | SHARED_SAMPLE
     replay = Replay(seed, streams, batch_dim)
-    mode = Interceptor({**elementwise_rules(replay), **(handlers or {})}, model)
-    with mode.opened():
-        yield mode
+    rules = chained(handlers or {}, elementwise_rules(replay), layer_rules(replay), random_rules(replay))
+    mode, generators = Interceptor(rules, model), Generators()
+    try:
+        with mode:
+            yield mode
+    except BaseException:
+        generators.restore()
+        raise
+    refuse_hidden(generators.restore(), mode)
 
 
 def _streams(
