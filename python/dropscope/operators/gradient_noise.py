@@ -215,6 +215,11 @@ class GradientNoise:
         return statistics.scale_estimate(m.trace, m.variance, m.gaussian, factor=1.0 / self.n**2)
 
     @property
+    def moments(self) -> statistics.TraceMoments:
+        """Unbiased moments of every sample's noise, on which the errors rest."""
+        return self._moments
+
+    @property
     def effective_samples(self) -> float:
         """N_e = (Σσ_i²)²/Σσ_i⁴, how many samples carry the noise; NaN for fewer than 4 draws."""
         return statistics.effective_samples(self._moments)

@@ -1,0 +1,11 @@
+"""Analyses: one measurement a file, each built from operators, spectra and the problem."""
+
+from dropscope.analyses.alignment import Alignment as Alignment
+from dropscope.analyses.flatness import IntervalFlatness as IntervalFlatness
+from dropscope.analyses.flatness import interval_flatness as interval_flatness
+from dropscope.analyses.hessian_variance import HessianVariance as HessianVariance
+from dropscope.analyses.hessian_variance import hessian_variance as hessian_variance
+from dropscope.analyses.power_law import PowerLaw as PowerLaw
+from dropscope.analyses.power_law import fit_power_law as fit_power_law
+from dropscope.analyses.variance_flatness import VarianceFlatness as VarianceFlatness
+from dropscope.analyses.variance_flatness import variance_flatness as variance_flatness

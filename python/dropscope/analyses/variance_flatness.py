@@ -1,0 +1,148 @@
+"""The inverse variance–flatness relation: directions of large noise are directions in which the loss is steep."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dropscope.analyses.flatness import IntervalFlatness, interval_flatness
+from dropscope.analyses.noise_source import noise_source
+from dropscope.analyses.power_law import PowerLaw, fit_power_law
+from dropscope.analyses.saving import save_result
+from dropscope.estimate import Estimate, EstimateStatus
+from dropscope.operators.base import SymmetricOperator
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from dropscope.operators.gradient_noise import GradientNoise
+    from dropscope.problem import Problem
+    from dropscope.spectral import Eigenpairs
+
+
+@dataclass(frozen=True)
+class VarianceFlatness:
+    """Variance of the noise along its own principal directions against the interval flatness there.
+
+    Attributes:
+        eigenvalues: λ_i(Σ), float64 (k,), largest first.
+        variances: the variance along each eigenvector with its error, when masks were sampled; else the eigenvalue.
+        flatness: interval flatness along each eigenvector.
+        law: λ_i ~ F_i^s over the directions with a finite flatness; s < 0 is the inverse relation.
+    """
+
+    eigenvalues: Tensor
+    variances: tuple[Estimate, ...]
+    flatness: IntervalFlatness
+    law: PowerLaw
+
+    @property
+    def status(self) -> EstimateStatus:
+        """``"ok"``, or the worst status among the variances."""
+        order: tuple[EstimateStatus, ...] = ("ok", "heavy_tailed", "no_error")
+        return max((v.status for v in self.variances), key=order.index, default="ok")
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row per direction: variance with its error and status, flatness and its two sides."""
+        f = self.flatness
+        rows = zip(self.variances, f.flatness.tolist(), f.left.tolist(), f.right.tolist(), strict=True)
+        return [
+            {
+                "index": i + 1,
+                "variance": variance.value,
+                "stderr": variance.stderr,
+                "status": variance.status,
+                "flatness": flatness,
+                "left": left,
+                "right": right,
+            }
+            for i, (variance, flatness, left, right) in enumerate(rows)
+        ]
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the result; the ending chooses JSON or safetensors."""
+        return save_result(path, self)
+
+    def plot(self) -> Figure:
+        """Return a figure: variance against interval flatness, log–log, with the fitted law."""
+        from dropscope import plots
+
+        return plots.variance_flatness(self)
+
+    def __repr__(self) -> str:
+        status = "" if self.status == "ok" else f", {self.status}"
+        return (
+            f"VarianceFlatness(Var ~ F^({self.law.slope.value:.2f} ± {self.law.slope.stderr:.2f}), "
+            f"r {self.law.r:.2f}, Spearman {self.law.spearman:.2f}, {self.law.points} directions{status})"
+        )
+
+
+def variance_flatness(
+    problem: Problem,
+    noise: GradientNoise | SymmetricOperator,
+    k: int = 20,
+    factor: float = 2.0,
+    *,
+    top: Eigenpairs | None = None,
+    tol: float = 1e-3,
+    seed: int = 0,
+    progress: bool = False,
+) -> VarianceFlatness:
+    """Leading eigenvectors of the noise, and how far the loss lets one walk along each.
+
+    The protocol for random gradient data of arXiv:2111.01022 and arXiv:2305.15850 (§5.2): v_i the principal directions
+    of the dropout noise at fixed parameters, λ_i its variance there, F_i the interval flatness of the risk along v_i.
+    They report λ_i falling as a power of F_i; isotropic noise must not. The variance of a sampled covariance along its
+    own eigenvectors is biased upwards, the more so the further down the spectrum.
+
+    Args:
+        problem: the risk that is walked on, dropout off.
+        noise: a ``GradientNoise`` (then its dropout part) or any covariance operator.
+        k: number of directions.
+        factor: how many times the risk grows at the ends of the interval.
+        top: eigenpairs of the noise computed before, instead of computing them here.
+        tol: relative tolerance of the eigenpairs.
+        seed: seed of the eigensolver.
+        progress: show bars.
+
+    Returns:
+        The relation, with ``.plot()``, ``.save()`` and ``.table()``.
+
+    Raises:
+        TypeError: if noise is neither of the two.
+        ValueError: if sizes or dtypes differ, k is not in [1, dim], or factor is not above 1.
+    """
+    source = noise_source(noise, "variance_flatness")
+    operator = source.operator
+    if (operator.dim, operator.dtype) != (problem.dim, problem.dtype):
+        raise ValueError(
+            f"variance_flatness: noise must match the problem, dim {problem.dim} and {problem.dtype}, "
+            f"got dim {operator.dim} and {operator.dtype}"
+        )
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= operator.dim:
+        raise ValueError(f"variance_flatness: k must be an int in [1, {operator.dim}], got {k!r}")
+    if top is None:
+        top = _leading(noise, operator, k, tol, seed, progress)
+    values = torch.as_tensor(top.values).double().cpu()
+    order = values.argsort(descending=True)[:k]
+    V = top.vectors[:, order.to(top.vectors.device)]
+    variances = tuple(source.along(V))
+    flatness = interval_flatness(problem, V, factor, progress=progress)
+    law = fit_power_law(flatness.flatness.numpy(), [v.value for v in variances], [v.stderr for v in variances])
+    return VarianceFlatness(values[order], variances, flatness, law)
+
+
+def _leading(
+    noise: GradientNoise | SymmetricOperator, operator: SymmetricOperator, k: int, tol: float, seed: int, progress: bool
+) -> Eigenpairs:
+    """The k leading eigenpairs by the noise's own route where it has one."""
+    if isinstance(noise, SymmetricOperator):
+        from dropscope.spectral import eigsh
+
+        return eigsh(operator, k, which="LA", tol=tol, seed=seed, progress=progress)
+    return noise.eigsh(k)

@@ -1,0 +1,295 @@
+"""The analyses against closed forms and dense matrices."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dropscope import _files
+from dropscope.analyses import fit_power_law, hessian_variance, interval_flatness, variance_flatness
+from dropscope.analyses.alignment import MaskError, measure_alignment
+from dropscope.operators.base import SymmetricOperator
+from dropscope.problem import Problem
+
+F64 = torch.float64
+
+
+class Bowl(nn.Module):
+    """A risk offset + ½ Σ c_j θ_j² + Σ d_j θ_j³ whose base point is the origin."""
+
+    def __init__(self, curvature: list[float], cubic: list[float] | None = None) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.zeros(len(curvature), dtype=F64))
+        self.register_buffer("curvature", torch.tensor(curvature, dtype=F64))
+        self.register_buffer("cubic", torch.tensor(cubic or [0.0] * len(curvature), dtype=F64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.5 * (self.curvature * self.theta**2).sum() + (self.cubic * self.theta**3).sum()
+
+
+def bowl(curvature: list[float], offset: float = 0.5, cubic: list[float] | None = None) -> Problem:
+    return Problem(Bowl(curvature, cubic), lambda out, _: out, (torch.full((4,), offset, dtype=F64), torch.zeros(4)))
+
+
+def dense(A: Tensor) -> SymmetricOperator:
+    return SymmetricOperator.from_callable(lambda v: A @ v, A.shape[0], A.dtype)
+
+
+def rotated(spectrum: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    Q = torch.linalg.qr(torch.randn(len(spectrum), len(spectrum), generator=generator, dtype=F64))[0]
+    return (Q * spectrum) @ Q.T, Q
+
+
+# --- power law ---------------------------------------------------------------------------------------------------
+
+
+def test_power_law_is_exact_on_a_law_and_blind_to_units() -> None:
+    x = np.geomspace(1e-3, 1e4, 12)
+    law = fit_power_law(x, 7.0 * x**-1.7)
+    assert law.slope.value == pytest.approx(-1.7, abs=1e-9)
+    assert law.prefactor == pytest.approx(7.0, rel=1e-9)
+    assert law.r == pytest.approx(-1.0)
+    assert law.spearman == pytest.approx(-1.0)
+    np.testing.assert_allclose(law(x), 7.0 * x**-1.7)
+    rng = np.random.default_rng(0)
+    y = x**1.3 * np.exp(rng.normal(0, 0.5, 12))
+    assert fit_power_law(1e6 * x, 1e-9 * y).slope.value == pytest.approx(fit_power_law(x, y).slope.value)
+
+
+def test_power_law_leaves_out_what_has_no_logarithm_and_says_so() -> None:
+    law = fit_power_law([1.0, 2.0, 4.0, 8.0, -1.0, 3.0, math.inf], [2.0, 4.0, 8.0, 16.0, 5.0, 0.0, 1.0])
+    assert (law.points, law.left_out) == (4, 3)
+    assert law.slope.value == pytest.approx(1.0)
+    few = fit_power_law([1.0, 2.0], [1.0, 2.0])
+    assert few.slope.status == "no_error"
+    assert math.isnan(few.slope.value)
+
+
+def test_power_law_interval_covers_with_unequal_errors_and_scatter() -> None:
+    # 400 repeats: a true coverage of 0.95 falls below 0.90 with probability below 1e-4.
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(400):
+        x = np.exp(rng.uniform(0.0, 5.0, 20))
+        relative = rng.uniform(0.02, 0.3, 20)
+        y = x**1.3 * np.exp(rng.normal(0, 0.2, 20) + relative * rng.normal(0, 1, 20))
+        low, high = fit_power_law(x, y, relative * y).slope.interval(0.95)
+        covered += low < 1.3 < high
+    assert 0.90 <= covered / 400 <= 0.99
+
+
+def test_power_law_weights_points_by_their_errors() -> None:
+    x = np.geomspace(1.0, 100.0, 6)
+    y = x.copy()
+    y[-1] *= 5.0  # off the law, but with an error that says so
+    errors = 0.01 * y
+    errors[-1] = 10.0 * y[-1]
+    assert fit_power_law(x, y, errors).slope.value == pytest.approx(1.0, abs=1e-3)
+    assert fit_power_law(x, y).slope.value > 1.2
+
+
+def test_power_law_refuses_unequal_lengths() -> None:
+    with pytest.raises(ValueError, match=r"fit_power_law: x, y and y_stderr must be vectors of one length"):
+        fit_power_law([1.0, 2.0, 3.0], [1.0, 2.0])
+
+
+# --- alignment ---------------------------------------------------------------------------------------------------
+
+
+def test_alignment_is_exact_when_the_basis_spans_everything() -> None:
+    H, Q = rotated(torch.linspace(-1.0, 5.0, 10, dtype=F64), 0)
+    S, _ = rotated(torch.linspace(0.1, 3.0, 10, dtype=F64), 1)
+    got = measure_alignment(dense(H), dense(S), Q, probes=4)
+    product, norms = float((H * S).sum()), float(H.norm() * S.norm())
+    assert got.trace_product.value == pytest.approx(product, rel=1e-10)
+    assert got.ratio.value == pytest.approx(product * 10 / float(H.trace() * S.trace()), rel=1e-10)
+    assert got.cosine.value == pytest.approx(product / norms, rel=1e-10)
+    assert got.null.value == pytest.approx(float(H.trace() * S.trace()) / 10 / norms, rel=1e-10)
+    assert got.cosine.stderr < 1e-8
+
+
+def test_alignment_intervals_cover_when_most_is_left_to_the_probes() -> None:
+    # 200 repeats of 95 % intervals; a true coverage of 0.95 falls below 0.89 with probability below 1e-3.
+    H, Q = rotated(torch.logspace(-2, 1, 40, dtype=F64), 2)
+    S, _ = rotated(torch.logspace(-1, 0, 40, dtype=F64), 3)
+    product, trace, norm = float((H * S).sum()), float(H.trace()), float(S.norm())
+    hits = np.zeros(3)
+    for seed in range(200):
+        got = measure_alignment(dense(H), dense(S), Q[:, -2:], probes=12, seed=seed)
+        for j, (estimate, truth) in enumerate(
+            ((got.trace_product, product), (got.trace_h, trace), (got.frobenius_noise, norm))
+        ):
+            low, high = estimate.interval(0.95)
+            hits[j] += low < truth < high
+    assert (hits / 200 > 0.89).all(), hits
+
+
+def test_null_is_the_mean_cosine_over_random_eigenvectors() -> None:
+    spectrum_h, spectrum_s = torch.logspace(-1, 1, 12, dtype=F64), torch.logspace(-2, 1, 12, dtype=F64)
+    S = torch.diag(spectrum_s)
+    cosines = []
+    for seed in range(300):
+        H, _ = rotated(spectrum_h, seed)
+        cosines.append(float((H * S).sum() / (H.norm() * S.norm())))
+    got = measure_alignment(dense(H), dense(S), torch.eye(12, dtype=F64), probes=2)
+    error = float(np.std(cosines)) / math.sqrt(len(cosines))
+    assert abs(float(np.mean(cosines)) - got.null.value) < 4 * error
+
+
+def test_isotropic_noise_has_ratio_one_and_mask_errors_enter() -> None:
+    H, Q = rotated(torch.linspace(0.5, 4.0, 16, dtype=F64), 4)
+    identity = dense(0.3 * torch.eye(16, dtype=F64))
+    got = measure_alignment(dense(H), identity, Q[:, :5], probes=4)
+    assert got.ratio.value == pytest.approx(1.0, rel=1e-10)
+    assert got.ratio.stderr < 1e-8
+    wider = measure_alignment(dense(H), identity, Q[:, :5], probes=4, masks=MaskError(0.1, product=0.1))
+    assert wider.trace_product.stderr >= 0.1 * abs(wider.trace_product.value)
+    assert wider.ratio.stderr > got.ratio.stderr
+
+
+# --- Hessian and variance ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exponent", [-1.0, 0.5, 2.0])
+def test_hessian_variance_recovers_a_known_exponent(exponent: float) -> None:
+    spectrum = torch.logspace(-2, 2, 30, dtype=F64)
+    H, Q = rotated(spectrum, 5)
+    S = (Q * spectrum**exponent) @ Q.T
+    got = hessian_variance(dense(H), dense(S), k=12, tol=1e-8)
+    assert got.law.slope.value == pytest.approx(exponent, abs=1e-3)
+    assert abs(got.law.r) == pytest.approx(1.0, abs=1e-4)
+    torch.testing.assert_close(got.eigenvalues, spectrum.flip(0)[:12], rtol=1e-6, atol=0.0)
+    assert bool(got.converged.all())
+    assert got.status == "ok"
+
+
+def test_hessian_variance_fits_positive_eigenvalues_only() -> None:
+    H, Q = rotated(torch.tensor([-3.0, -2.0, -1.0, 1.0, 2.0, 4.0, 8.0], dtype=F64), 6)
+    S = Q @ torch.diag(torch.tensor([9.0, 4.0, 1.0, 1.0, 4.0, 16.0, 64.0], dtype=F64)) @ Q.T
+    got = hessian_variance(dense(H), dense(S), k=7, tol=1e-10)
+    assert (got.law.points, got.law.left_out) == (4, 3)
+    assert got.law.slope.value == pytest.approx(2.0, abs=1e-6)
+
+
+def test_hessian_variance_saves_and_tabulates(tmp_path) -> None:
+    H, _ = rotated(torch.logspace(-1, 1, 12, dtype=F64), 7)
+    got = hessian_variance(dense(H), dense(H @ H), k=5)
+    saved = json.loads(got.save(tmp_path / "relation.json").read_text())
+    assert saved["type"] == "HessianVariance"
+    assert saved["law"]["slope"]["value"] == pytest.approx(got.law.slope.value)
+    arrays, rest = _files.read_arrays(got.save(tmp_path / "relation.safetensors"))
+    torch.testing.assert_close(arrays["eigenvalues"], got.eigenvalues)
+    assert rest["dim"] == 12
+    assert [row["eigenvalue"] for row in got.table()] == got.eigenvalues.tolist()
+    assert "Var ~ λ^(2.00" in repr(got)
+    with pytest.raises(ValueError, match=r"save: path must end in \.json or \.safetensors"):
+        got.save(tmp_path / "relation.pickle")
+
+
+def test_hessian_variance_refuses_bad_input() -> None:
+    A = dense(torch.eye(6, dtype=F64))
+    with pytest.raises(TypeError, match=r"hessian_variance: H must be a SymmetricOperator, got Tensor"):
+        hessian_variance(torch.eye(6), A)
+    with pytest.raises(TypeError, match=r"hessian_variance: noise must be a GradientNoise or a SymmetricOperator"):
+        hessian_variance(A, "noise")
+    with pytest.raises(ValueError, match=r"hessian_variance: k must be an int in \[1, 6\], got 7"):
+        hessian_variance(A, A, k=7)
+    with pytest.raises(ValueError, match=r"hessian_variance: noise must match H"):
+        hessian_variance(A, dense(torch.eye(5, dtype=F64)), k=2)
+    with pytest.raises(ValueError, match=r"hessian_variance: probes must be an int of at least 2, got 1"):
+        hessian_variance(A, A, k=2, probes=1)
+
+
+# --- flatness ----------------------------------------------------------------------------------------------------
+
+
+def test_interval_flatness_of_a_quadratic_is_the_closed_form() -> None:
+    curvature = [1e6, 30.0, 1.0, 1e-3]
+    problem = bowl(curvature, offset=0.7)
+    got = interval_flatness(problem, torch.eye(4, dtype=F64), factor=3.0, rtol=1e-6)
+    exact = torch.tensor([2.0 * math.sqrt(2.0 * 0.7 * 2.0 / c) for c in curvature], dtype=F64)
+    torch.testing.assert_close(got.flatness, exact, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(got.left, got.right, rtol=1e-5, atol=0.0)
+    assert got.status == "ok"
+    assert got.level == pytest.approx(2.1)
+
+
+def test_interval_flatness_takes_each_side_for_itself() -> None:
+    # ½δ² + δ³/4 = ½: roots from numpy, independent of the search.
+    problem = bowl([1.0], cubic=[0.25])
+    got = interval_flatness(problem, torch.tensor([2.0], dtype=F64), rtol=1e-7)
+    roots = np.roots([0.25, 0.5, 0.0, -0.5])
+    right = float(min(r.real for r in roots if abs(r.imag) < 1e-12 and r.real > 0))
+    assert float(got.right) == pytest.approx(right, rel=1e-6)
+    # To the left the risk rises to 0.5 + 8/27 only and then falls: it never doubles.
+    assert got.status_left == ("no_crossing",)
+    assert math.isinf(float(got.flatness))
+
+
+def test_interval_flatness_leaves_the_problem_as_it_was_and_ignores_order() -> None:
+    problem = bowl([4.0, 1.0, 9.0])
+    before = problem.model.theta.data.clone()
+    V = torch.tensor([[1.0, 0.3, 0.0], [0.0, 1.0, 0.5], [0.2, 0.0, 1.0]], dtype=F64)
+    together = interval_flatness(problem, V)
+    assert torch.equal(problem.model.theta.data, before)
+    alone = torch.cat([interval_flatness(problem, 5.0 * V[:, j]).flatness for j in (2, 1, 0)]).flip(0)
+    torch.testing.assert_close(together.flatness, alone, rtol=1e-12, atol=0.0)
+
+
+def test_interval_flatness_has_statuses_for_what_has_no_answer() -> None:
+    V = torch.eye(2, dtype=F64)
+    zero = interval_flatness(bowl([1.0, 1.0], offset=0.0), V)
+    assert zero.status == "zero_loss"
+    assert "level=" in zero.remedy
+    assert bool(zero.flatness.isnan().all())
+    given = interval_flatness(bowl([1.0, 1.0], offset=0.0), V, level=0.5, rtol=1e-6)
+    torch.testing.assert_close(given.flatness, torch.full((2,), 2.0, dtype=F64), rtol=1e-5, atol=0.0)
+    near = interval_flatness(bowl([1e20, 1.0]), V)
+    assert near.status_left == ("below_range", "ok")
+    assert near.status == "below_range"
+
+
+def test_interval_flatness_refuses_bad_input() -> None:
+    problem, V = bowl([1.0, 1.0]), torch.eye(2, dtype=F64)
+    with pytest.raises(TypeError, match=r"interval_flatness: V must be a torch.Tensor of dtype torch.float64"):
+        interval_flatness(problem, V.float())
+    with pytest.raises(ValueError, match=r"interval_flatness: V must have shape \(2,\) or \(2, k\), got \(3, 3\)"):
+        interval_flatness(problem, torch.eye(3, dtype=F64))
+    with pytest.raises(ValueError, match=r"interval_flatness: V must have finite columns of positive length"):
+        interval_flatness(problem, 0.0 * V)
+    with pytest.raises(ValueError, match=r"interval_flatness: factor must be a finite number > 1, got 1.0"):
+        interval_flatness(problem, V, factor=1.0)
+    with pytest.raises(ValueError, match=r"interval_flatness: level must be finite and exceed the risk 0.5, got 0.4"):
+        interval_flatness(problem, V, level=0.4)
+    with pytest.raises(ValueError, match=r"interval_flatness: reach must be"):
+        interval_flatness(problem, V, reach=(1.0, 0.1))
+
+
+def test_variance_flatness_of_a_quadratic_has_the_exponent_of_theory() -> None:
+    # R = ½ Σ c θ² and Σ = diag(c²): F = 2 √(2R/c), so that λ = c² falls as F⁻⁴.
+    curvature = torch.logspace(0, 3, 8, dtype=F64)
+    got = variance_flatness(bowl(curvature.tolist()), dense(torch.diag(curvature**2)), k=6, tol=1e-8)
+    assert got.law.slope.value == pytest.approx(-4.0, abs=0.02)
+    assert got.law.spearman == pytest.approx(-1.0)
+    torch.testing.assert_close(got.eigenvalues, (curvature**2).flip(0)[:6], rtol=1e-6, atol=0.0)
+    assert len(got.table()) == 6
+
+
+def test_isotropic_noise_shows_no_inverse_relation() -> None:
+    curvature = torch.logspace(0, 3, 8, dtype=F64)
+    got = variance_flatness(bowl(curvature.tolist()), dense(torch.eye(8, dtype=F64)), k=6)
+    assert abs(got.law.slope.value) < 1e-6
+
+
+def test_variance_flatness_refuses_bad_input() -> None:
+    problem = bowl([1.0, 2.0])
+    with pytest.raises(ValueError, match=r"variance_flatness: noise must match the problem"):
+        variance_flatness(problem, dense(torch.eye(3, dtype=F64)), k=1)
+    with pytest.raises(ValueError, match=r"variance_flatness: k must be an int in \[1, 2\], got 0"):
+        variance_flatness(problem, dense(torch.eye(2, dtype=F64)), k=0)
