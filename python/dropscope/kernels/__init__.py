@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dropscope.kernels.factors import accumulate, center, gram, project, sq_norms
 from dropscope.kernels.masks import apply_mask, keep_mask
+from dropscope.kernels.products import faster_products, multiply
 from dropscope.kernels.spectral import orthogonalize, probe, rotate
 from dropscope.reference import PROBE_SITE, ProbeKind
 
@@ -18,8 +19,10 @@ __all__ = [
     "accumulate",
     "apply_mask",
     "center",
+    "faster_products",
     "gram",
     "keep_mask",
+    "multiply",
     "orthogonalize",
     "probe",
     "project",

@@ -2,44 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import pathlib
-
 import torch
 from torch import Tensor
 
 from dropscope.kernels._launch import CPU, DTYPES, MatrixArgument, _core, contiguous_rows, matrix
+from dropscope.kernels.products import multiply as multiply
 
 FACTOR_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 SUM_DTYPES = (torch.float32, torch.float64)
 _TILE_BYTES = 4 << 20
 _NOTHING: MatrixArgument = (0, 0, 0, 0, 0)
-
-
-@functools.cache
-def _prefer_onednn() -> bool:
-    """Whether oneDNN multiplies float32 matrices faster than the BLAS of torch.mm.
-
-    MKL keeps its AVX-512 code to Intel's CPUs; elsewhere oneDNN's runs 2.2 times faster, at the same precision.
-    """
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
-        return False
-    try:
-        return "GenuineIntel" not in pathlib.Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-
-
-def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """The matrix product a b."""
-    if a.dtype == torch.float32 and a.numel() and b.numel() and _prefer_onednn():
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
-        return product
-    return torch.mm(a, b)
 
 
 def flat_rows(x: Tensor) -> Tensor:

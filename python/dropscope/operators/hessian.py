@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from dropscope import kernels
 from dropscope.masks import MaskKey
 from dropscope.memory import budget, readable, saved_bytes
 from dropscope.modes import twice_differentiable
@@ -82,7 +83,8 @@ class Hessian(SymmetricOperator):
         rows = V.T.contiguous()
         wide = torch.float32 if self.dtype in (torch.float16, torch.bfloat16) else self.dtype
         out = torch.zeros(rows.shape, dtype=wide, device=self.device)
-        with twice_differentiable(self.problem.model):
+        work = self.dim * self.problem.n / (self.problem.data.count or 1)
+        with twice_differentiable(self.problem.model), kernels.faster_products(work):
             if not self._forward_over_reverse:
                 try:
                     self._add_double_backward(rows, out)
