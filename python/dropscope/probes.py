@@ -1,12 +1,227 @@
-"""Four probes, on a few samples, that model, loss and data make one risk."""
+"""Four probes, on a few samples of the first batch, that model, loss and data make one risk."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from dropscope.intercept import Call, Handler
+from dropscope.masks import MaskKey
+from dropscope.randomness import Generators
 
 if TYPE_CHECKING:
+    from dropscope.data import Batch
     from dropscope.problem import Problem
 
+SAMPLES = 6  # of the first batch, looked at by the probes
+_KEY = MaskKey(0x70726F6265, 1)
 
-def run(problem: Problem) -> None:
-    """Run every probe."""
+
+def run(problem: Problem, batch: Batch, *, masks: bool) -> None:
+    """Run the probes: with dropout off repeat, split and gradient; under masks repeat, split and neutral.
+
+    Raises:
+        ValueError: if one fails; the message says what it means.
+    """
+    batch = batch.select(slice(0, SAMPLES))
+    key = _KEY if masks else None
+    with untouched(problem.model):
+        repeat(problem, batch, key)
+        split(problem, batch, key)
+        if masks:
+            neutral(problem, batch)
+        else:
+            gradient(problem, batch)
+
+
+def repeat(problem: Problem, batch: Batch, key: MaskKey | None) -> None:
+    """The same batch twice gives the same bits, wherever the random generators stand."""
+    first = _values(problem, batch, key)
+    torch.default_generator.manual_seed(1)
+    if problem.device.type == "cuda":
+        torch.cuda.default_generators[problem.device.index or 0].manual_seed(1)
+    second = _values(problem, batch, key)
+    if not torch.equal(first, second) and bool(torch.isfinite(first).all()):
+        where = "in eval mode" if key is None else f"under {key}"
+        raise ValueError(
+            f"Problem: losses must repeat bit for bit {where}, got a difference of {_gap(first, second):.3g}: the "
+            "model or the loss draws random numbers that do not obey the mode (F.dropout without training=self.training, "
+            "added noise), or keeps a state from one call to the next"
+        )
+
+
+def split(problem: Problem, batch: Batch, key: MaskKey | None) -> None:
+    """A batch's losses are its parts' losses; under masks also, two draws at once are each of them alone."""
+    whole = _values(problem, batch, key, draws=1 if key is None else 2)
+    cut = max(1, batch.size // 2)
+    parts = [slice(0, cut), slice(cut, batch.size)] if batch.size > 1 else [slice(0, 1)]
+    try:
+        if key is None:
+            alone = torch.cat([_values(problem, batch.select(part), None) for part in parts])
+        else:
+            keys = (key, MaskKey(key.seed, key.draw + 1))
+            alone = torch.stack([torch.cat([_values(problem, batch.select(p), k) for p in parts]) for k in keys], 1)
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(
+            f"Problem: the model must run on {cut} of {batch.size} samples as on all, got {type(error).__name__}: "
+            f"{error} (is batch_dim={problem.batch_dim} the dimension of the sample?)"
+        ) from error
+    gap, scale = _gap(whole, alone.reshape(-1)), float(whole.abs().max())
+    if gap > _slack(whole) * scale:
+        raise ValueError(
+            f"Problem: a batch's losses must be those of its parts, got a difference of {gap:.3g} in losses of "
+            f"{scale:.3g}: {_coupling(problem, key)}"
+        )
+
+
+def neutral(problem: Problem, batch: Batch) -> None:
+    """Train mode with every drop probability 0 is eval mode."""
+    handlers, undecided = _neutral_handlers()
+    trained = _values(problem, batch, _KEY, handlers=handlers)
+    if undecided:
+        return
+    still = _values(problem, batch, None)
+    gap, scale = _gap(trained, still), float(still.abs().max())
+    if gap > _slack(still) * scale:
+        raise ValueError(
+            f"Problem: train mode with every p=0 must equal eval mode, got a difference of {gap:.3g} in losses of "
+            f"{scale:.3g}: something else than dropout depends on the mode (in the forward pass itself, or a layer)"
+        )
+
+
+def gradient(problem: Problem, batch: Batch) -> None:
+    """⟨∇Σs, v⟩ is a central difference along v: a random v, and the gradient itself."""
+    parameters = list(problem.params.values())
+    with torch.enable_grad():
+        values, _ = problem.raw_losses(batch)
+        if not values.requires_grad:
+            raise ValueError(
+                "Problem: losses must depend on the parameters, got losses without a graph (detach, no_grad, argmax?)"
+            )
+        grads = torch.autograd.grad(values.sum(), parameters, materialize_grads=True)
+    g = problem.flatten(grads)
+    size = problem.flatten([torch.full_like(p, float(p.detach().double().square().mean().sqrt())) for p in parameters])
+    size = size.masked_fill(size == 0, 1.0)
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (problem.dim,), generator=generator).to(g) * 2 - 1
+    norm = float(g.double().norm())
+    directions = [signs * size]
+    if norm > 0:
+        directions.append(g / norm * size.double().norm().to(g.dtype))
+    eps = torch.finfo(values.dtype).eps
+    for v in directions:
+        expected = float(g.double() @ v.double())
+        step = eps ** (1 / 3)
+        wide, narrow = _slope(problem, batch, v, step), _slope(problem, batch, v, step / 2)
+        # Curvature and kinks show in the two steps' difference, rounding in the size of the losses.
+        noise = 50 * eps * float((values.detach().double().abs() + 1).sum()) / step
+        slack = 10 * abs(wide - narrow) + noise + 1e-3 * abs(expected)
+        if abs(narrow - expected) > slack and abs(wide - expected) > slack:
+            raise ValueError(
+                f"Problem: the gradient must be the derivative of the loss, got <g, v> = {expected:.6g} and a central "
+                f"difference of {narrow:.6g}: part of the forward pass is detached, rounded or has a gradient of its own"
+            )
+
+
+def _slope(problem: Problem, batch: Batch, v: Tensor, step: float) -> float:
+    ends = []
+    for sign in (1.0, -1.0):
+        with problem.displaced(v * (sign * step)):
+            ends.append(float(_values(problem, batch, None).double().sum()))
+    return (ends[0] - ends[1]) / (2 * step)
+
+
+def _values(problem: Problem, batch: Batch, key: MaskKey | None, draws: int = 1, **options: Any) -> Tensor:
+    with torch.no_grad():
+        return problem.raw_losses(batch, key, draws, **options)[0]
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).abs().max())
+
+
+def _slack(values: Tensor) -> float:
+    """Relative rounding that another batch size may bring: far above it, far below any coupling."""
+    return float(torch.finfo(values.dtype).eps) ** 0.5
+
+
+def _coupling(problem: Problem, key: MaskKey | None) -> str:
+    for name, module in problem.model.named_modules():
+        if isinstance(module, _NormBase) and module.running_mean is None:
+            return f"{name!r} normalises over the batch also in eval mode (track_running_stats=False)"
+    masks = "" if key is None else " or a mask is shared by the batch (dropout on weights);"
+    return (
+        f"a layer couples the samples (batch statistics),{masks} or batch_dim={problem.batch_dim} is not the sample's"
+    )
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Restore the generators and the buffers after a block; refuse a model whose forward writes to buffers."""
+    generators = Generators()
+    before = [
+        (module, f"{path}.{name}".lstrip("."), name, b, b._version, b.detach().clone())
+        for path, module in model.named_modules()
+        for name, b in module._buffers.items()
+        if b is not None
+    ]
+    changed = []
+    try:
+        yield
+    finally:
+        generators.restore()
+        for module, label, name, buffer, version, copy in before:
+            if module._buffers[name] is not buffer or buffer._version != version:
+                changed.append(label)
+                module._buffers[name] = buffer
+                with torch.no_grad():
+                    buffer.copy_(copy)
+    if changed:
+        raise ValueError(f"Problem: the forward pass must not write to buffers, got a change of {changed}")
+
+
+def _neutral_handlers() -> tuple[dict[Callable[..., Any], Handler], list[str]]:
+    """Handlers that switch every dropout off in train mode; the list names calls for which that cannot be done."""
+    undecided: list[str] = []
+
+    def identity(call: Call) -> Any:
+        return call.args[0] if call.args else call.kwargs["input"]
+
+    def attention(call: Call) -> Any:
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        return call.func(**{**dict(zip(names, call.args, strict=False)), **call.kwargs, "dropout_p": 0.0})
+
+    def native(call: Call) -> Any:
+        x = identity(call)
+        return x, torch.ones_like(x, dtype=torch.bool)
+
+    def recurrent(call: Call) -> Any:
+        args = list(call.args)
+        args[5 if isinstance(args[5], float) else 6] = 0.0
+        return call.func(*args, **call.kwargs)
+
+    def fill(call: Call) -> Any:
+        undecided.append(call.func.__name__)
+        p = call.args[1] if len(call.args) > 1 else call.kwargs.get("p", 0.5)
+        return call.args[0].copy_(torch.as_tensor(p))
+
+    def middle(call: Call) -> Any:
+        undecided.append(call.func.__name__)
+        options = {name: value for name, value in call.kwargs.items() if name != "generator"}
+        return (torch.zeros_like if call.func is torch.rand_like else torch.zeros)(*call.args, **options)
+
+    functional = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
+    unscoped = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+    handlers: dict[Callable[..., Any], Handler] = {getattr(F, name): identity for name in functional}
+    handlers |= {getattr(torch, name + end): identity for name in unscoped for end in ("", "_")}
+    handlers |= dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), recurrent)
+    handlers |= {F.scaled_dot_product_attention: attention, torch.Tensor.bernoulli_: fill}
+    handlers[torch.native_dropout] = native
+    handlers |= {torch.rand: middle, torch.rand_like: middle}
+    return handlers, undecided

@@ -92,6 +92,7 @@ class Problem:
         self.data = Batches(data, batch_size, batch_dim, self.device)
         self.routes: dict[str, str] = {}
         self._weight: float | None = None  # known once the probes have passed
+        self._masks_probed = False
 
     def __repr__(self) -> str:
         n = "?" if self.data.n is None else self.data.n
@@ -152,7 +153,7 @@ class Problem:
         Returns:
             Two vectors of shape (batch.size·draws,), row i·draws + m being draw m of sample i.
         """
-        self.check()
+        self.check(masks is not None)
         return self.raw_losses(batch, masks, draws, sharing=sharing, handlers=handlers)
 
     def raw_losses(
@@ -209,6 +210,7 @@ class Problem:
         Raises:
             ValueError: if a loss is not finite.
         """
+        self.check(masks is not None)
         total = 0.0
         with torch.no_grad():
             for batch in self.batches():
@@ -223,6 +225,7 @@ class Problem:
         """
         if not isinstance(draws, int) or draws < 1:
             raise ValueError(f"gradient: draws must be an int >= 1, got {draws!r}")
+        self.check(masks is not None)
         half = self.dtype in (torch.float16, torch.bfloat16)
         total = torch.zeros(self.dim, dtype=torch.float32 if half else self.dtype, device=self.device)
         weight = self.total_weight * draws
@@ -311,23 +314,33 @@ class Problem:
         result: T = torch.func.functional_call(_Shell(self.model), named, (fn,))
         return result
 
-    def check(self) -> None:
-        """Run the four probes on a few samples, then read the data once for n and W; nothing the second time.
+    def check(self, masks: bool = False) -> None:
+        """Run the probes on a few samples, then read the data once for n and W; nothing the second time.
+
+        Args:
+            masks: whether to probe also what a mask key needs.
 
         Raises:
             ValueError: if the model and the data do not make one risk; the message says what failed and what it means.
         """
         if self._weight is None:
-            probes.run(self)
-            weight = 0.0
-            with torch.no_grad():
-                for batch in self.data:
-                    values, weights = self.raw_losses(batch)
-                    finite_sum(values, batch)
-                    weight += float(weights.double().sum())
-            if not (weight > 0.0 and weight < float("inf")):
-                raise ValueError(f"Problem: the total weight must be positive, got {weight}: is every target ignored?")
-            self._weight = 1.0 if self.loss.reduction == "sum" else weight
+            self._sample = next(iter(self.data)).select(slice(0, probes.SAMPLES))
+            probes.run(self, self._sample, masks=False)
+            self._weight = 1.0 if self.loss.reduction == "sum" else self._sum_weights()
+        if masks and not self._masks_probed:
+            probes.run(self, self._sample, masks=True)
+            self._masks_probed = True
+
+    def _sum_weights(self) -> float:
+        weight = 0.0
+        with torch.no_grad():
+            for batch in self.data:
+                values, weights = self.raw_losses(batch)
+                finite_sum(values, batch)
+                weight += float(weights.double().sum())
+        if not 0.0 < weight < float("inf"):
+            raise ValueError(f"Problem: the total weight must be positive, got {weight}: is every target ignored?")
+        return weight
 
     def plan(self) -> str:
         """Return which route each parameter's per-sample gradients take and why, one line a parameter."""

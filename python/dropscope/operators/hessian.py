@@ -76,6 +76,7 @@ class Hessian(SymmetricOperator):
         self._kept.clear()
 
     def _matmat(self, V: Tensor) -> Tensor:
+        self.problem.check(masks=self.keys[0] is not None)
         state = _state(self.problem.model)
         if state != self._taken_at:
             self.close()
