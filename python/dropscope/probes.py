@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -51,8 +52,8 @@ def repeat(problem: Problem, batch: Batch, key: MaskKey | None) -> None:
         where = "in eval mode" if key is None else f"under {key}"
         raise ValueError(
             f"Problem: losses must repeat bit for bit {where}, got a difference of {_gap(first, second):.3g}: the "
-            "model or the loss draws random numbers that do not obey the mode (F.dropout without training=self.training, "
-            "added noise), or keeps a state from one call to the next"
+            "model or the loss draws random numbers whatever the mode (F.dropout without training=self.training, added "
+            "noise), or keeps a state from one call to the next"
         )
 
 
@@ -124,8 +125,9 @@ def gradient(problem: Problem, batch: Batch) -> None:
         slack = 10 * abs(wide - narrow) + noise + 1e-3 * abs(expected)
         if abs(narrow - expected) > slack and abs(wide - expected) > slack:
             raise ValueError(
-                f"Problem: the gradient must be the derivative of the loss, got <g, v> = {expected:.6g} and a central "
-                f"difference of {narrow:.6g}: part of the forward pass is detached, rounded or has a gradient of its own"
+                f"Problem: the gradient must be the derivative of the loss, got <g, v> = {expected:.6g} and a "
+                f"central difference of {narrow:.6g}: part of the forward pass is detached, rounded, or has a "
+                "backward pass that is not its derivative"
             )
 
 
@@ -148,7 +150,7 @@ def _gap(a: Tensor, b: Tensor) -> float:
 
 def _slack(values: Tensor) -> float:
     """Relative rounding that another batch size may bring: far above it, far below any coupling."""
-    return float(torch.finfo(values.dtype).eps) ** 0.5
+    return math.sqrt(torch.finfo(values.dtype).eps)
 
 
 def _coupling(problem: Problem, key: MaskKey | None) -> str:

@@ -185,7 +185,7 @@ class Problem:
                     )
                 )
             elif handlers:
-                stack.enter_context(Interceptor(handlers, self.model).opened())
+                stack.enter_context(Interceptor(handlers, self.model))
             output, target = self._call(rows.content)
         values, weights = self.loss(output, target, rows.size)
         if self.loss.reduction == "sum":
