@@ -17,8 +17,13 @@ from dropscope.masks import keep_mask as keep_mask
 from dropscope.masks import keep_probability as keep_probability
 from dropscope.masks import replay_dropout as replay_dropout
 from dropscope.operators.gradient_noise import GradientNoise as GradientNoise
+from dropscope.spectral import DiagonalEstimate as DiagonalEstimate
 from dropscope.spectral import Eigenpairs as Eigenpairs
 from dropscope.spectral import EigenStatus as EigenStatus
+from dropscope.spectral import SpectralDensity as SpectralDensity
+from dropscope.spectral import diagonal as diagonal
 from dropscope.spectral import eigsh as eigsh
+from dropscope.spectral import spectral_density as spectral_density
+from dropscope.spectral import trace as trace
 
 __version__ = "0.1.0.dev0"

@@ -35,35 +35,34 @@ class Krylov:
         broke: whether the last step ended in an invariant subspace, so that the next vector is a fresh random one.
     """
 
-    def __init__(
-        self, A: SymmetricOperator, capacity: int, *, seed: int, index: int = 0, full: bool, breakdown: float = 0.0
-    ) -> None:
-        """Start at probe number ``index`` of ``seed``.
+    def __init__(self, A: SymmetricOperator, capacity: int, *, seed: int, full: bool, breakdown: float = 0.0) -> None:
+        """Make room; :meth:`start` draws the first vector.
 
         Args:
             A: the operator.
             capacity: steps that the basis can hold, at most ``A.dim``.
             seed: seed of the start vector and of those drawn after breakdowns.
-            index: number of the start probe.
             full: make every vector orthogonal to the whole basis, measured or not.
             breakdown: β below this share of the norm (or rounding) counts as an invariant subspace.
         """
-        self.A, self.seed, self.index, self.full = A, seed, index, full
+        self.A, self.seed, self.full = A, seed, full
         self.breakdown = max(breakdown, 4 * torch.finfo(A.dtype).eps)
         self.basis = torch.empty(capacity + 1, A.dim, dtype=A.dtype, device=A.device)
         self.T = torch.zeros(capacity, capacity, dtype=torch.float64)
-        self.size, self.first, self.beta, self.norm = 0, 0, 0.0, 0.0
-        self.restore, self.broke, self.steps = False, False, 0
+        self.norm, self.steps, self.index = 0.0, 0, 0
+        self.size, self.first, self.beta, self.restore, self.broke = 0, 0, 0.0, False, False
 
     @property
     def capacity(self) -> int:
         """Steps that the basis can hold."""
         return self.T.shape[0]
 
-    def start(self) -> None:
-        """Draw the start vector."""
-        self._draw(self.basis[0], 0, self.index)
-        self.index += 1
+    def start(self, index: int = 0, kind: kernels.ProbeKind = "normal") -> None:
+        """Begin anew from probe number ``index``."""
+        self.T.zero_()
+        self.size, self.first, self.beta, self.restore, self.broke = 0, 0, 0.0, False, False
+        self._draw(self.basis[0], 0, index, kind)
+        self.index = index + 1
 
     def product(self, v: Tensor) -> Tensor:
         """A v; an error names the step."""
@@ -133,9 +132,9 @@ class Krylov:
             self.T[kept, :kept] = self.T[:kept, kept] = self.beta * S[-1]
             self.size, self.first, self.restore = kept, 0, True
 
-    def _draw(self, out: Tensor, rows: int, index: int) -> None:
+    def _draw(self, out: Tensor, rows: int, index: int, kind: kernels.ProbeKind = "normal") -> None:
         """Fill ``out`` with a random unit vector orthogonal to the first ``rows`` rows."""
-        kernels.probe(out, seed=self.seed, index=index, kind="normal")
+        kernels.probe(out, seed=self.seed, index=index, kind=kind)
         norm = float(torch.linalg.vector_norm(out, dtype=torch.float64))
         for _ in range(2 if rows else 0):
             _, norm, _ = kernels.orthogonalize(self.basis[:rows], out, force=True)

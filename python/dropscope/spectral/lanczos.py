@@ -13,6 +13,7 @@ from tqdm import tqdm
 from dropscope import kernels
 from dropscope.operators.base import SymmetricOperator
 from dropscope.spectral.checkpoint import Checkpoint
+from dropscope.spectral.checks import check_operator, check_seed
 from dropscope.spectral.eigenpairs import Eigenpairs, EigenStatus, Which
 from dropscope.spectral.krylov import ASYMMETRY, Krylov, uninterrupted
 
@@ -297,20 +298,14 @@ def _validate(
     A: SymmetricOperator, k: int, which: str, tol: float, max_matvecs: int | None, seed: int, basis: int | None
 ) -> int:
     """Refuse bad input; the number of products allowed."""
-    if not isinstance(A, SymmetricOperator):
-        raise TypeError(
-            f"eigsh: A must be a SymmetricOperator (SymmetricOperator.from_callable makes one), got {type(A).__name__}"
-        )
-    if A.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"eigsh: A.dtype must be torch.float32 or torch.float64, got {A.dtype}")
+    check_operator("eigsh", A)
     if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= A.dim:
         raise ValueError(f"eigsh: k must be an int with 1 <= k <= dim = {A.dim}, got {k!r}")
     if which not in ("LM", "LA", "SA", "BE"):
         raise ValueError(f"eigsh: which must be 'LM', 'LA', 'SA' or 'BE', got {which!r}")
     if not isinstance(tol, (int, float)) or not 0.0 < tol < 1.0:
         raise ValueError(f"eigsh: tol must lie in (0, 1), got {tol!r}")
-    if not isinstance(seed, int) or not 0 <= seed < 2**64:
-        raise ValueError(f"eigsh: seed must be an int in [0, 2**64), got {seed!r}")
+    check_seed("eigsh", seed)
     if not isinstance(basis, int) or basis < min(k + 3, A.dim):
         raise ValueError(f"eigsh: basis must be an int of at least k + 3 = {k + 3}, got {basis!r}")
     budget = 40 * basis if max_matvecs is None else max_matvecs
