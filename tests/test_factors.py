@@ -1,0 +1,244 @@
+"""Captured per-sample gradients against one backward a row, for every model and every route."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES, sample_gradients
+from torch import nn
+
+from dropscope.factors import Table
+from dropscope.factors.blocks import DenseBlock, FactorBlock
+from dropscope.problem import Problem
+
+
+def table_of(problem, draws=3, seed=5, cache="factors", memory=None, sharing="sample"):
+    return Table(problem, draws, seed, cache, sharing, memory, False)
+
+
+def materialised(table):
+    """All rows of a table through its own products, (rows, dim)."""
+    eye = torch.eye(table.problem.dim, dtype=table.problem.dtype)
+    return torch.cat([chunk.project(eye) for chunk in table.chunks()])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rows_are_the_gradients_of_one_sample_and_draw(name):
+    problem = CASES[name].problem()
+    table = table_of(problem)
+    truth = sample_gradients(problem, 5, 3).flatten(0, 1)
+    torch.testing.assert_close(materialised(table), truth, rtol=0, atol=1e-10 * float(truth.abs().max()))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_answer_is_that_of_the_rows(name):
+    """accumulate, Gram and per-sample Gram against the dense rows; several passes a batch by a small memory."""
+    problem = CASES[name].problem()
+    table = table_of(problem, draws=4)
+    table.step = 6
+    G = sample_gradients(problem, 5, 4)
+    rows = G.flatten(0, 1)
+    S = torch.randn(len(rows), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    out = torch.zeros(3, problem.dim, dtype=torch.float64)
+    grams = []
+    for chunk in table.chunks():
+        start = chunk.start * chunk.draws
+        chunk.accumulate(S[start : start + chunk.rows], out)
+        grams.append(chunk.sample_gram())
+    close = {"rtol": 0, "atol": 1e-9 * max(1.0, float(rows.square().sum()))}
+    torch.testing.assert_close(out, S.T @ rows, **close)
+    torch.testing.assert_close(torch.cat(grams), G @ G.mT, **close)
+    if table.complete:
+        torch.testing.assert_close(table.gram(), rows @ rows.T, **close)
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv", "gpt", "transformer", "shared"])
+def test_matrix_free_products_are_those_of_the_rows(name):
+    """A budget with no room for materialised rows sends what has no rule to products; here, everything."""
+    problem = CASES[name].problem()
+    table = table_of(problem)
+    for parameter in table.plan.routes:
+        table.plan.routes[parameter] = type(table.plan.routes[parameter])("matrix_free", "forced")
+    table.plan.biases.clear()
+    truth = sample_gradients(problem, 5, 3)
+    rows = truth.flatten(0, 1)
+    generator = torch.Generator().manual_seed(0)
+    V = torch.randn(2, problem.dim, dtype=torch.float64, generator=generator)
+    S = torch.randn(len(rows), 2, dtype=torch.float64, generator=generator)
+    out, P, grams = torch.zeros_like(V), [], []
+    for chunk in table.chunks():
+        P.append(chunk.project(V))
+        chunk.accumulate(S[chunk.start * 3 : chunk.start * 3 + chunk.rows], out)
+        grams.append(chunk.sample_gram())
+    torch.testing.assert_close(torch.cat(P), rows @ V.T, rtol=0, atol=1e-12 * float(rows.norm() * V.norm()))
+    torch.testing.assert_close(out, S.T @ rows, rtol=0, atol=1e-12 * float(rows.norm() * S.norm()))
+    torch.testing.assert_close(torch.cat(grams), truth @ truth.mT)
+    with pytest.raises(ValueError, match="products instead"):
+        table.gram()
+
+
+def test_linear_layers_go_by_factors_and_share_unmasked_inputs():
+    table = table_of(CASES["mlp"].problem())
+    routes = table.plan.routes
+    assert {routes[name].kind for name in routes if name.endswith("weight")} == {"factors"}
+    chunk = next(iter(table.chunks()))
+    first = chunk.blocks[0]
+    assert isinstance(first, FactorBlock)
+    assert first.A.shape[0] == chunk.samples
+    assert first.bias is not None
+    later = chunk.blocks[1]
+    assert later.A.shape[0] == chunk.rows
+    assert "shared by the draws" in table.problem.plan()
+
+
+def test_a_layer_used_thrice_is_the_sum_of_its_uses():
+    table = table_of(CASES["shared"].problem())
+    chunk = next(iter(table.chunks()))
+    block = next(b for b in chunk.blocks if b.columns[0] == table.problem.blocks["layer.weight"])
+    assert isinstance(block, (FactorBlock, DenseBlock))
+    assert "layer.weight" in table.plan.names("factors", "rows")
+
+
+class Scrambled(nn.Module):
+    """A linear layer that sees its rows in reverse order: its factors sum to the gradient, with the wrong rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.out = nn.Linear(3, 4), nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.out(F.dropout(torch.tanh(self.hidden(x.flip(0))).flip(0), 0.4, self.training))
+
+
+class Sliced(nn.Module):
+    """A parameter met through a slice and one met through a product: no rule covers either."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.table, self.out = nn.Parameter(torch.ones(3)), nn.Parameter(torch.randn(2, 3)), nn.Linear(3, 1)
+
+    def forward(self, x):
+        return self.out(F.dropout(torch.sin(x * self.scale + self.table[1]), 0.5, self.training))
+
+
+@pytest.mark.parametrize(("model", "failing"), [(Scrambled, "hidden.weight"), (Sliced, "table")])
+def test_what_capture_gets_wrong_is_noticed_and_taken_otherwise(model, failing):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = model().double()
+        data = (torch.randn(7, 3, dtype=torch.float64), torch.randn(7, 1, dtype=torch.float64))
+    problem = Problem(net, nn.MSELoss(), data, batch_size=3)
+    table = table_of(problem)
+    assert table.plan.routes[failing].kind == "dense"
+    reason = "do not reproduce" if model is Scrambled else "no function with a rule"
+    assert reason in problem.plan()
+    torch.testing.assert_close(materialised(table), sample_gradients(problem, 5, 3).flatten(0, 1))
+
+
+class Conv1D(nn.Module):
+    """GPT-2's linear layer: addmm with the weight transposed, on flattened rows; and a bare matrix product."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(4))
+        self.mix = nn.Parameter(torch.randn(4, 2))
+        self.norm, self.place = nn.LayerNorm(4), nn.Embedding(5, 3)
+        self.conv = nn.Conv1d(4, 4, 2, padding=1, stride=2)
+
+    def forward(self, x):
+        x = x + self.place(torch.arange(x.shape[1]).expand(x.shape[:2]))
+        h = torch.addmm(self.bias, x.view(-1, 3), self.weight).view(*x.shape[:2], 4)
+        h = F.dropout(torch.tanh(self.norm(h)), 0.3, self.training)
+        h = torch.tanh(self.conv(h.mT)).mT
+        return (h @ self.mix).mean(1)
+
+
+def test_rules_of_the_other_functions():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        problem = Problem(
+            Conv1D().double(),
+            nn.MSELoss(),
+            (torch.randn(6, 5, 3, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64)),
+        )
+    table = table_of(problem)
+    assert set(problem.params) == set(table.plan.names("factors", "rows"))
+    torch.testing.assert_close(materialised(table), sample_gradients(problem, 5, 3).flatten(0, 1))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 11])
+def test_rows_do_not_depend_on_the_batches(batch_size):
+    whole = materialised(table_of(CASES["mlp"].problem(batch_size=11)))
+    split = materialised(table_of(CASES["mlp"].problem(batch_size=batch_size)))
+    torch.testing.assert_close(split, whole, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("cache", ["disk", "recompute", "bf16"])
+def test_caches_hold_the_same_rows(cache):
+    problem = CASES["gpt"].problem()
+    table = table_of(problem, cache=cache)
+    truth = sample_gradients(problem, 5, 3).flatten(0, 1)
+    close = {"rtol": 0.02, "atol": 0.02 * float(truth.abs().max())} if cache == "bf16" else {}
+    torch.testing.assert_close(materialised(table), truth, **close)
+    torch.testing.assert_close(materialised(table), truth, **close)
+    folder = table.folder
+    table.close()
+    assert folder is None or not folder.exists()
+
+
+def test_memory_decides_between_storing_and_making_again():
+    need = table_of(CASES["mlp"].problem()).plan.sample_bytes * 11
+    assert table_of(CASES["mlp"].problem(), cache="auto", memory=2 * need).cache == "factors"
+    assert table_of(CASES["mlp"].problem(), cache="auto", memory=need - 1).cache == "recompute"
+    with pytest.raises(ValueError, match=rf"memory must be at least {need} bytes"):
+        table_of(CASES["mlp"].problem(), cache="factors", memory=need - 1)
+    with pytest.raises(ValueError, match="memory must be at least"):
+        table_of(CASES["mlp"].problem(), cache="auto", memory=100)
+
+
+def test_counted_bytes_are_the_bytes_stored():
+    for name in ("mlp", "gpt", "conv", "lstm"):
+        problem = CASES[name].problem()
+        table = table_of(problem)
+        stored = sum(chunk.nbytes for chunk in table.chunks())
+        biases = sum(problem.params[b].numel() for b in table.plan.biases.values()) * 8 * 3
+        assert stored == (table.plan.sample_bytes - biases) * problem.n
+
+
+class Explosive(nn.Module):
+    """Its gradient, not its loss, is infinite for samples with a zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.out = nn.Linear(2, 2, bias=False), nn.Linear(2, 1)
+
+    def forward(self, x):
+        return self.out(F.dropout(self.first(x).abs().sqrt(), 0.2, self.training))
+
+
+def test_a_gradient_that_is_not_finite_names_its_batch():
+    X = torch.ones(9, 2)
+    problem = Problem(Explosive(), nn.MSELoss(), (X, torch.zeros(9, 1)), batch_size=3)
+    problem.check()
+    X[7] = 0.0
+    problem = Problem(problem.model, nn.MSELoss(), (X, torch.zeros(9, 1)), batch_size=3)
+    with pytest.raises(ValueError, match="batch 2"):
+        materialised(table_of(problem))
+
+
+def test_an_interrupted_capture_leaves_the_model_clean():
+    problem = CASES["mlp"].problem()
+    table = table_of(problem)
+    modes = [m.training for m in problem.model.modules()]
+    state = torch.get_rng_state()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = problem.model[3].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(table.chunks())
+    handle.remove()
+    assert [m.training for m in problem.model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None and p.requires_grad for p in problem.model.parameters())
+    torch.testing.assert_close(materialised(table), sample_gradients(problem, 5, 3).flatten(0, 1))
