@@ -1,9 +1,10 @@
-// bfloat16 and float16 to float and back, rounded to nearest even; NaNs stay NaNs, the same bits on every CPU.
+// bfloat16 and float16 to float and back, rounded to nearest even; NaNs stay NaNs, the same bits on every
+// CPU.
 #pragma once
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -50,9 +51,13 @@ template <class T>
 T narrow(double x);
 
 template <>
-inline float narrow<float>(float x) { return x; }
+inline float narrow<float>(float x) {
+  return x;
+}
 template <>
-inline double narrow<double>(double x) { return x; }
+inline double narrow<double>(double x) {
+  return x;
+}
 
 template <>
 inline BFloat16 narrow<BFloat16>(float x) {

@@ -1,5 +1,6 @@
 // A handful of vector operations per instruction set. Philox runs on 64-bit lanes that hold 32-bit words: the
-// 32x32-bit product reads the low half of a lane only, so the upper half may hold anything and is never cleared.
+// 32x32-bit product reads the low half of a lane only, so the upper half may hold anything and is never
+// cleared.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -24,7 +25,9 @@ inline Lanes multiply(Lanes a, Lanes b) { return _mm512_mul_epu32(a, b); }
 inline Lanes high(Lanes a) { return _mm512_srli_epi64(a, 32); }
 inline Lanes xor3(Lanes a, Lanes b, Lanes c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
 
-inline Lanes join(Lanes low, Lanes high) { return _mm512_mask_blend_epi32(0xAAAA, low, _mm512_slli_epi64(high, 32)); }
+inline Lanes join(Lanes low, Lanes high) {
+  return _mm512_mask_blend_epi32(0xAAAA, low, _mm512_slli_epi64(high, 32));
+}
 
 // One byte per counter, in counter order: bit j tells whether 16-bit lane j is at most `limit`.
 inline void keep_bytes(uint8_t* out, Lanes w0, Lanes w1, Lanes w2, Lanes w3, uint32_t limit) {
@@ -47,7 +50,9 @@ inline Lanes multiply(Lanes a, Lanes b) { return _mm256_mul_epu32(a, b); }
 inline Lanes high(Lanes a) { return _mm256_srli_epi64(a, 32); }
 inline Lanes xor3(Lanes a, Lanes b, Lanes c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
 
-inline Lanes join(Lanes low, Lanes high) { return _mm256_blend_epi32(low, _mm256_slli_epi64(high, 32), 0xAA); }
+inline Lanes join(Lanes low, Lanes high) {
+  return _mm256_blend_epi32(low, _mm256_slli_epi64(high, 32), 0xAA);
+}
 
 inline void keep_bytes(uint8_t* out, Lanes w0, Lanes w1, Lanes w2, Lanes w3, uint32_t limit) {
   const Lanes a = join(w0, w1), b = join(w2, w3), top = _mm256_set1_epi16(static_cast<short>(limit));
@@ -99,7 +104,8 @@ inline Lanes xor3(Lanes a, Lanes b, Lanes c) { return a ^ b ^ c; }
 inline void keep_bytes(uint8_t* out, Lanes w0, Lanes w1, Lanes w2, Lanes w3, uint32_t limit) {
   const Lanes words[4] = {w0, w1, w2, w3};
   uint32_t byte = 0;
-  for (int j = 0; j < 8; ++j) byte |= static_cast<uint32_t>((words[j / 2] >> (16 * (j % 2)) & 0xFFFF) <= limit) << j;
+  for (int j = 0; j < 8; ++j)
+    byte |= static_cast<uint32_t>((words[j / 2] >> (16 * (j % 2)) & 0xFFFF) <= limit) << j;
   *out = static_cast<uint8_t>(byte);
 }
 
