@@ -49,7 +49,7 @@ def faster_products(work: float) -> AbstractContextManager[object]:
     Args:
         work: multiply-adds of what runs inside, roughly; little work is left alone.
     """
-    return _FasterProducts() if work >= _WORTHWHILE and prefer_onednn() else nullcontext()
+    return _FasterProducts() if work >= _WORTHWHILE and prefer_onednn() else nullcontext()  # type: ignore[no-untyped-call]
 
 
 def _onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -64,7 +64,7 @@ def _fits(a: Tensor, b: Tensor, *others: Tensor) -> bool:
     return a.shape[0] * a.shape[1] * b.shape[1] >= _SMALLEST
 
 
-class _FasterProducts(TorchDispatchMode):
+class _FasterProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees the operations below autograd, so that derivatives are those of the original products."""
 
     def __torch_dispatch__(
