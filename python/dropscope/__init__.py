@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch as torch  # first: our extension shares torch's OpenMP runtime, which must be the one loaded
 
+from dropscope import losses as losses
 from dropscope.analyses import HessianVariance as HessianVariance
 from dropscope.analyses import IntervalFlatness as IntervalFlatness
 from dropscope.analyses import PowerLaw as PowerLaw
@@ -16,7 +17,10 @@ from dropscope.masks import dropout as dropout
 from dropscope.masks import keep_mask as keep_mask
 from dropscope.masks import keep_probability as keep_probability
 from dropscope.masks import replay_dropout as replay_dropout
+from dropscope.operators.base import SymmetricOperator as SymmetricOperator
 from dropscope.operators.gradient_noise import GradientNoise as GradientNoise
+from dropscope.operators.hessian import Hessian as Hessian
+from dropscope.problem import Problem as Problem
 from dropscope.spectral import DiagonalEstimate as DiagonalEstimate
 from dropscope.spectral import Eigenpairs as Eigenpairs
 from dropscope.spectral import EigenStatus as EigenStatus
