@@ -1,5 +1,7 @@
 """Operators: Hessian, gradient noise, and what can be built from them."""
 
 from dropscope.operators.base import SymmetricOperator
+from dropscope.operators.gradient_noise import GradientNoise
+from dropscope.operators.hessian import Hessian
 
-__all__ = ["SymmetricOperator"]
+__all__ = ["GradientNoise", "Hessian", "SymmetricOperator"]
