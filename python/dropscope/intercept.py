@@ -1,28 +1,20 @@
-"""The one TorchFunctionMode: hands torch functions to handlers, and knows the module that runs.
-
-While at least one interceptor is open in a process, three entry points of torch are wrapped, and restored when the
-last one closes: ``nn.Module.__call__`` (to know the running module, exactly, whatever is raised) and the two entry
-points of ``torch.utils.checkpoint``, because torch switches function modes off inside backward, where checkpoints
-recompute. A wrapper does nothing in a thread that has no interceptor open.
-"""
+"""The one TorchFunctionMode: hands torch functions to handlers, and knows the module that runs."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
-import threading
 import types
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from torch import nn
 from torch.overrides import TorchFunctionMode
+
+from dropscope.entry_points import frames, patches
 
 _OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 _WRAPPED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -49,17 +41,6 @@ class Call:
 
 
 Handler = Callable[[Call], Any]
-
-
-class _Frames(threading.local):
-    """What runs in this thread: modules with their arguments, and open interceptors, innermost last."""
-
-    def __init__(self) -> None:
-        self.modules: list[tuple[nn.Module, tuple[Any, ...]]] = []
-        self.open: list[Interceptor] = []
-
-
-_frames = _Frames()
 
 
 class Interceptor(TorchFunctionMode):
@@ -90,7 +71,7 @@ class Interceptor(TorchFunctionMode):
     @property
     def path(self) -> str:
         """Name of the innermost named module running; empty outside any."""
-        for module, _ in reversed(_frames.modules):
+        for module, _ in reversed(frames.modules):
             name = self.names.get(id(module))
             if name is not None:
                 return name
@@ -99,7 +80,7 @@ class Interceptor(TorchFunctionMode):
     @property
     def running(self) -> list[tuple[nn.Module, tuple[Any, ...]]]:
         """The modules running in this thread and their arguments, innermost last."""
-        return _frames.modules
+        return frames.modules
 
     def __torch_function__(
         self,
@@ -120,11 +101,10 @@ class Interceptor(TorchFunctionMode):
     def __enter__(self) -> Interceptor:
         """Track module paths, bind checkpoints, run compiled callables eagerly; inside itself, only switch on again."""
         with contextlib.ExitStack() as stack:
-            if not any(self is mode for mode in _frames.open):
-                stack.enter_context(_patches)
-                stack.enter_context(_eager())
-                _frames.open.append(self)
-                stack.callback(_frames.open.remove, self)
+            if not any(self is mode for mode in frames.open):
+                stack.enter_context(patches)
+                frames.open.append(self)
+                stack.callback(frames.open.remove, self)
             super().__enter__()  # type: ignore[no-untyped-call]
             self._entered.append(stack.pop_all())
         return self
@@ -184,133 +164,3 @@ def module_names(model: nn.Module) -> dict[str, nn.Module]:
             prefix = f"{prefix}.{part}" if prefix else part
         names[".".join(kept)] = module
     return names
-
-
-class _Patches:
-    """Wraps torch's entry points while anything is open; counted under a lock, so contexts nest and threads mix."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.count = 0
-        self.saved: list[tuple[Any, str, Any]] = []
-
-    def __enter__(self) -> None:
-        with self.lock:
-            self.count += 1
-            if self.count == 1:
-                checkpoint = torch.utils.checkpoint
-                self._wrap(nn.Module, "__call__", _tracked(nn.Module.__call__))
-                self._wrap(checkpoint, "CheckpointFunction", _BoundReentrant(checkpoint.CheckpointFunction))
-                generator = "_checkpoint_without_reentrant_generator"
-                bound = _bound_generator(getattr(checkpoint, generator))
-                for module in (checkpoint, sys.modules.get("torch.distributed._composable.checkpoint_activation")):
-                    if module is not None and hasattr(module, generator):
-                        self._wrap(module, generator, bound)
-
-    def _wrap(self, owner: Any, name: str, value: Any) -> None:
-        self.saved.append((owner, name, getattr(owner, name)))
-        setattr(owner, name, value)
-
-    def __exit__(self, *_: object) -> None:
-        with self.lock:
-            self.count -= 1
-            if self.count == 0:
-                while self.saved:
-                    owner, name, value = self.saved.pop()
-                    setattr(owner, name, value)
-
-
-_patches = _Patches()
-
-
-def _tracked(call: Callable[..., Any]) -> Callable[..., Any]:
-    def tracked(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not _frames.open:
-            return call(self, *args, **kwargs)
-        modules = _frames.modules
-        modules.append((self, (*args, *kwargs.values())))
-        try:
-            return call(self, *args, **kwargs)
-        finally:
-            modules.pop()
-
-    return tracked
-
-
-def _eager() -> AbstractContextManager[Any]:
-    """Compiled callables run eagerly; when Dynamo was never imported there are none."""
-    if "torch._dynamo" not in sys.modules:
-        return contextlib.nullcontext()
-    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
-
-
-class _BoundReentrant:
-    """Stands for ``CheckpointFunction``: its function runs once in forward, then again in backward."""
-
-    def __init__(self, original: Any) -> None:
-        self.original = original
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.original, name)
-
-    def apply(self, function: Callable[..., Any], *args: Any) -> Any:
-        if not _frames.open:
-            return self.original.apply(function, *args)
-        frame = _Frame()
-        forward = True
-
-        def bound(*inputs: Any) -> Any:
-            nonlocal forward
-            if forward:
-                forward = False
-                return function(*inputs)
-            with frame.resumed():
-                return function(*inputs)
-
-        return self.original.apply(bound, *args)
-
-
-def _bound_generator(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The generator behind ``use_reentrant=False`` calls its function only to recompute."""
-
-    def generator(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not _frames.open:
-            return original(function, *args, **kwargs)
-        frame = _Frame()
-
-        def bound(*inputs: Any, **named: Any) -> Any:
-            with frame.resumed():
-                return function(*inputs, **named)
-
-        return original(bound, *args, **kwargs)
-
-    return generator
-
-
-class _Frame:
-    """Where a checkpointed function stood in its forward: what its recomputation must find again."""
-
-    def __init__(self) -> None:
-        self.modules = list(_frames.modules)
-        self.open = [(mode, dict(mode.tally)) for mode in _frames.open]
-
-    @contextlib.contextmanager
-    def resumed(self) -> Iterator[None]:
-        """Restore the frame, in whichever thread backward runs, inside or after the context."""
-        before = (_frames.modules, _frames.open, [(mode, mode.tally, mode.recomputing) for mode, _ in self.open])
-        entered = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_patches)
-            stack.enter_context(_eager())
-            _frames.modules, _frames.open = list(self.modules), [mode for mode, _ in self.open]
-            try:
-                for mode, tally in self.open:
-                    mode.tally, mode.recomputing = dict(tally), True
-                    if not any(mode is other for other in entered):
-                        stack.enter_context(mode)
-                yield
-            finally:
-                _frames.modules, _frames.open = before[:2]
-                for mode, tally, recomputing in before[2]:
-                    mode.tally, mode.recomputing = tally, recomputing
