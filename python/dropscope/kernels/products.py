@@ -53,6 +53,8 @@ def faster_products(work: float) -> AbstractContextManager[object]:
 
 
 def _onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not (b.is_contiguous() or b.t().is_contiguous()):
+        b = b.contiguous()  # for a part of a wider matrix oneDNN has plain loops only, a thousand times slower
     product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
     return product
 
