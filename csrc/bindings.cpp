@@ -4,6 +4,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "kernels.hpp"
 
@@ -160,7 +161,51 @@ void bind_factors(py::module_& m) {
       py::arg("device"), py::arg("X"), py::arg("draws"), py::arg("scale"), py::arg("launch"));
 }
 
-void bind_spectral(py::module_&) {}
+void bind_spectral(py::module_& m) {
+  m.def(
+      "orthogonalize",
+      [](int device, const py::tuple& basis, const py::tuple& vector, bool force, uintptr_t coefficients,
+         uintptr_t launch) {
+        const ConstMatrix Q = view<ConstMatrix>(basis);
+        const Matrix w = view<Matrix>(vector);
+        require(w.rows == 1 && w.cols == Q.cols, "w must have the length of a row of Q");
+        require(Q.dtype != DType::f16 && w.dtype != DType::f16, "float16 is not served");
+        require(coefficients || Q.rows == 0, "null pointer");
+        const SpectralKernels& kernels = kernels_of(device).spectral;
+        require(kernels.orthogonalize, "there is no kernel for this device");
+        std::vector<double> scratch(static_cast<size_t>(kernels.orthogonalize_chunks(w.cols) * (Q.rows + 1)));
+        double norm = 0.0;
+        const int reads =
+            run("orthogonalize", kernels.orthogonalize, Q, w, force, pointer<double>(coefficients), &norm,
+                scratch.data(), launch_of(device, launch));
+        return py::make_tuple(norm, reads);
+      },
+      py::arg("device"), py::arg("Q"), py::arg("w"), py::arg("force"), py::arg("coefficients"),
+      py::arg("launch"));
+  m.def(
+      "rotate",
+      [](int device, const py::tuple& basis, uintptr_t S, int64_t k, uintptr_t launch) {
+        const Matrix Q = view<Matrix>(basis);
+        require(k >= 0 && k <= Q.rows && Q.rows <= 2048, "k <= rows of Q <= 2048");
+        require(S || k == 0, "null pointer");
+        require(Q.dtype != DType::f16, "float16 is not served");
+        run("rotate", kernels_of(device).spectral.rotate, Q, pointer<const double>(S), k,
+            launch_of(device, launch));
+      },
+      py::arg("device"), py::arg("Q"), py::arg("S"), py::arg("k"), py::arg("launch"));
+  m.def(
+      "probe",
+      [](int device, const py::tuple& vector, uint64_t stream, uint64_t seed, uint64_t site, bool normal,
+         uintptr_t launch) {
+        const Matrix out = view<Matrix>(vector);
+        require(out.rows == 1 && out.cols <= int64_t(1) << 34, "out must be one row of at most 2^34 units");
+        require(out.dtype != DType::f16, "float16 is not served");
+        run("probe", kernels_of(device).spectral.probe, out, stream, seed, site, normal,
+            launch_of(device, launch));
+      },
+      py::arg("device"), py::arg("out"), py::arg("stream"), py::arg("seed"), py::arg("site"),
+      py::arg("normal"), py::arg("launch"));
+}
 
 }  // namespace
 }  // namespace dropscope
