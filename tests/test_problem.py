@@ -1,25 +1,480 @@
-"""The risk: exact for any split of the data, and its model left as found."""
+"""The problem: its risk under any split and mask, its data, parameters and probes, and the model left as found."""
 
 from __future__ import annotations
 
+import collections
+import copy
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parameters_to_vector
+from torch.nn.utils import parametrizations
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+import cases
+from dropscope.masks import MaskKey
 from dropscope.problem import Problem
 
+KEYS = [None, MaskKey(3, 2)]
+X, Y = torch.randn(10, 3, generator=torch.Generator().manual_seed(0)), torch.arange(10) % 3
 
-@pytest.mark.parametrize("batch_size", [60, 64, 7])
-def test_risk_and_gradient_are_those_of_the_full_batch(batch_size):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Dropout(0.3), nn.Linear(7, 3)).double()
-    X, y = torch.randn(64, 5, dtype=torch.float64), torch.randint(0, 3, (64,))
-    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64), label_smoothing=0.1)
-    problem = Problem(model, loss, (X, y), batch_size=batch_size)
-    value = loss(model.eval()(X), y)
-    gradient = parameters_to_vector(torch.autograd.grad(value, list(model.parameters())))
-    model.train()
-    assert abs(problem.risk() - value.item()) < 1e-12
-    torch.testing.assert_close(problem.gradient(), gradient, rtol=0, atol=1e-12)
-    assert model.training
+
+def net(p=0.3):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(p), nn.Linear(4, 3))
+
+
+def state(model):
+    """All that a problem must leave as it found it."""
+    return (
+        [(name, module.training, len(module._forward_hooks)) for name, module in model.named_modules()],
+        [(name, p.data_ptr(), p.requires_grad, p.grad, p.tolist()) for name, p in model.named_parameters()],
+        [(name, b.data_ptr(), b.tolist()) for name, b in model.named_buffers()],
+        torch.get_rng_state().tolist(),
+    )
+
+
+class TestRisk:
+    @pytest.mark.parametrize("key", KEYS, ids=str)
+    @pytest.mark.parametrize("name", cases.CASES)
+    def test_risk_and_gradient_are_those_of_the_whole_data(self, name, key):
+        problem = cases.CASES[name].problem()
+        reference = cases.risk_function(problem, key)(cases.theta(problem))
+        assert problem.risk(key) == pytest.approx(reference.item(), abs=1e-13)
+        torch.testing.assert_close(problem.gradient(key), cases.dense_gradient(problem, key), rtol=0, atol=1e-13)
+
+    @pytest.mark.parametrize("sharing", ["sample", "batch"])
+    @pytest.mark.parametrize("name", cases.CASES)
+    def test_several_draws_are_each_draw_alone(self, name, sharing):
+        problem = cases.CASES[name].problem()
+        for batch in problem.batches():
+            together, weights = problem.sample_losses(batch, MaskKey(5, 1), draws=3, sharing=sharing)
+            alone = [problem.sample_losses(batch, MaskKey(5, 1 + m), sharing=sharing)[0] for m in range(3)]
+            assert together.shape == weights.shape == (3 * batch.size,)
+            torch.testing.assert_close(together.view(-1, 3), torch.stack(alone, 1), rtol=0, atol=1e-13)
+
+    def test_masks_do_not_depend_on_the_batch_size(self):
+        values = []
+        for batch_size in (11, 4, 1):
+            problem = cases.CASES["mlp"].problem(batch_size=batch_size)
+            batches = list(problem.batches())
+            values.append(torch.cat([problem.sample_losses(batch, MaskKey(0), draws=2)[0] for batch in batches]))
+        torch.testing.assert_close(values[1], values[0], rtol=0, atol=1e-14)
+        torch.testing.assert_close(values[2], values[0], rtol=0, atol=1e-14)
+
+    def test_the_gradient_of_several_draws_is_their_mean(self):
+        problem = cases.CASES["regression"].problem()
+        alone = torch.stack([problem.gradient(MaskKey(1, 4 + m)) for m in range(3)])
+        torch.testing.assert_close(problem.gradient(MaskKey(1, 4), draws=3), alone.mean(0), rtol=0, atol=1e-15)
+        assert (alone[0] - alone[1]).norm() > 1e-3
+
+    def test_batch_statistics_stay_those_of_eval_mode_under_masks(self):
+        problem = cases.CASES["batchnorm"].problem()
+        before = copy.deepcopy(dict(problem.model.named_buffers()))
+        problem.gradient(MaskKey(0))
+        assert all(torch.equal(before[name], b) for name, b in problem.model.named_buffers())
+
+    def test_float32_and_bfloat16_models_are_measured_in_their_own_type(self):
+        exact = cases.CASES["mlp"].problem()
+        for dtype, slack in ((torch.float32, 1e-6), (torch.bfloat16, 2e-2)):
+            problem = cases.CASES["mlp"].problem(dtype)
+            gradient = problem.gradient()
+            assert gradient.dtype == problem.dtype == dtype
+            torch.testing.assert_close(gradient.double(), exact.gradient(), rtol=0, atol=slack)
+
+
+class TestData:
+    @pytest.mark.parametrize(
+        "data",
+        [
+            [X, Y],
+            TensorDataset(X, Y),
+            DataLoader(TensorDataset(X, Y), batch_size=4),
+            [(X[:7], Y[:7]), (X[7:], Y[7:])],
+        ],
+        ids=["list", "dataset", "loader", "batches"],
+    )
+    def test_every_source_gives_the_same_risk(self, data):
+        model = net()
+        expected = Problem(model, nn.CrossEntropyLoss(), (X, Y))
+        problem = Problem(model, nn.CrossEntropyLoss(), data)
+        assert problem.risk(MaskKey(1)) == pytest.approx(expected.risk(MaskKey(1)), rel=1e-6)
+        assert problem.n == 10
+        assert torch.equal(torch.cat([batch.samples for batch in problem.batches()]), torch.arange(10))
+
+    def test_longer_tuples_mappings_and_forward(self):
+        class Sum(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.net = net()
+
+            def forward(self, a, b):
+                return self.net(a + b)
+
+        model = Sum()
+        risk = Problem(model, nn.CrossEntropyLoss(), (X, X, Y), batch_size=4).risk()
+        mapping = {"a": X, "b": X, "labels": Y}
+        assert Problem(model, nn.CrossEntropyLoss(), mapping, batch_size=4).risk() == risk
+        loader = [collections.UserDict(a=X[i : i + 4], b=X[i : i + 4], labels=Y[i : i + 4]) for i in (0, 4, 8)]
+        assert Problem(model, nn.CrossEntropyLoss(), loader).risk() == risk
+        problem = Problem(model, nn.CrossEntropyLoss(), (X, Y), batch_size=4, forward=lambda m, b: m(b[0], b[0]))
+        assert problem.risk() == risk
+        Output = collections.namedtuple("Output", "logits extra")
+        loss = lambda out, batch: F.cross_entropy(out.logits, batch["labels"], reduction="none")  # noqa: E731
+        problem = Problem(model, loss, mapping, batch_size=4, forward=lambda m, b: Output(m(b["a"], b["b"]), 0))
+        assert problem.risk() == pytest.approx(risk, rel=1e-6)
+
+    def test_batches_repeat_and_select_rows(self):
+        batch = next(iter(cases.CASES["lstm_time_major"].problem().batches()))
+        twice = batch.repeat(2)
+        assert twice.samples.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+        assert torch.equal(twice.content[0][:, 1::2], batch.content[0])
+        assert torch.equal(twice.content[1][::2], batch.content[1])
+        one = batch.select(slice(1, 3))
+        assert torch.equal(one.content[0], batch.content[0][:, 1:3])
+        assert one.samples.tolist() == [1, 2]
+
+    def test_a_loader_does_not_move_torchs_generator(self):
+        before = torch.get_rng_state()
+        Problem(net(), nn.CrossEntropyLoss(), DataLoader(TensorDataset(X, Y), batch_size=4)).gradient()
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+class Shuffled(IterableDataset):
+    """Draws its order from torch's generator, as a hand-written loader does."""
+
+    def __iter__(self):
+        return ((X[i], Y[i]) for i in torch.randperm(10))
+
+
+class Dropping:
+    def __init__(self):
+        self.passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        return iter([(X[:5], Y[:5]), (X[5:], Y[5:])][: 2 if self.passes < 3 else 1])
+
+
+class Empty(Dataset):
+    def __len__(self):
+        return 0
+
+
+def first_of(dataset, **options):
+    return DataLoader(dataset, batch_size=4, **options)
+
+
+BAD_DATA = [
+    (iter([(X, Y)]), TypeError, "iterable more than once, got a one-shot list_iterator"),
+    (((X, Y) for _ in range(2)), TypeError, "one-shot generator"),
+    (3, TypeError, "data must be a tuple of tensors .* got int"),
+    ([], ValueError, "data must not be empty, got an empty list"),
+    ((X[:0], Y[:0]), ValueError, r"data must not be empty, got shapes \[\(0, 3\), \(0,\)\]"),
+    (Empty(), ValueError, "data must not be empty, got a Dataset of length 0"),
+    ((X, Y[:9]), ValueError, r"one length, got shapes \[\(10, 3\), \(9,\)\]"),
+    ([(X, Y[:9])], ValueError, r"tensors of a batch must have one length, got \[10, 9\] in batch 0"),
+    ((X.clone().fill_(float("nan")), Y), ValueError, "data must be finite, got NaN or Inf in tensor 0"),
+    ([(X, Y), (X * float("inf"), Y)], ValueError, "data must be finite, got NaN or Inf in tensor 0 of batch 1"),
+    (first_of(TensorDataset(X, Y), shuffle=True), ValueError, "keep its order, got a DataLoader with RandomSampler"),
+    (first_of(TensorDataset(X, Y), drop_last=True), ValueError, "keep all samples, got a DataLoader with drop_last"),
+    (first_of(Shuffled()), ValueError, "same at every pass, got a different batch 0 in pass"),
+    (Dropping(), ValueError, "same at every pass, got 1 batches in pass 3 and 2 in the first"),
+    ([("a", "b")], TypeError, "a batch must hold tensors, got tuple in batch 0"),
+    ([(X,)], TypeError, r"a batch must be \(x, y\), a longer tuple or a mapping, got a tuple of 1"),
+]
+
+
+@pytest.mark.parametrize(("data", "error", "message"), BAD_DATA)
+def test_bad_data_are_refused(data, error, message):
+    with pytest.raises(error, match=message):
+        Problem(net(), nn.CrossEntropyLoss(), data).risk()
+
+
+def test_data_written_to_between_passes_are_noticed():
+    inputs = X.clone()
+    problem = Problem(net(), nn.CrossEntropyLoss(), (inputs, Y))
+    problem.risk()
+    inputs[0] += 1
+    with pytest.raises(ValueError, match="different batch 0"):
+        problem.risk()
+
+
+class TestParameters:
+    def test_a_subset_keeps_the_models_order(self):
+        model = net()
+        full = Problem(model, nn.CrossEntropyLoss(), (X, Y))
+        for chosen in (["3.bias", "0.weight"], [model[3].bias, "0.weight"], ["3.b*", "0.w*"]):
+            problem = Problem(model, nn.CrossEntropyLoss(), (X, Y), params=chosen)
+            assert list(problem.params) == ["0.weight", "3.bias"]
+            assert problem.dim == 15
+            expected = torch.cat([full.gradient()[full.blocks[name]] for name in problem.params])
+            torch.testing.assert_close(problem.gradient(), expected)
+
+    def test_tied_parameters_count_once_under_any_name(self):
+        model = cases.TinyGPT()
+        problem = Problem(model, cases.causal_lm(), cases._tokens(), params="head.*")
+        assert list(problem.params) == ["wte.weight"]
+        assert problem.params["wte.weight"] is model.head.weight
+
+    def test_frozen_parameters_are_left_out(self):
+        model = net()
+        model[0].requires_grad_(False)
+        assert list(Problem(model, nn.CrossEntropyLoss(), (X, Y)).params) == ["3.weight", "3.bias"]
+
+    def test_flatten_and_unflatten_are_inverse(self):
+        problem = cases.CASES["gpt"].problem()
+        v = torch.randn(problem.dim, dtype=torch.float64)
+        parts = problem.unflatten(v)
+        assert torch.equal(problem.flatten(parts), v)
+        assert torch.equal(problem.flatten(list(parts.values())), v)
+        assert [tuple(t.shape) for t in parts.values()] == [tuple(p.shape) for p in problem.params.values()]
+        assert list(problem.blocks) == [name for name, _ in problem.model.named_parameters()]
+
+    @pytest.mark.parametrize(
+        ("change", "params", "error", "message"),
+        [
+            (lambda m: m.requires_grad_(False), None, ValueError, "model must have trainable parameters, got none"),
+            (lambda m: m, "nothing*", ValueError, r"params must be among \['0.weight', .* got 'nothing\*'"),
+            (lambda m: m, [], ValueError, "params must name at least one parameter"),
+            (lambda m: m, [nn.Parameter(torch.ones(2))], ValueError, "that is not the model's"),
+            (lambda m: m, [3], TypeError, "params must be names, patterns or parameters, got int"),
+            (lambda m: m[0].requires_grad_(False), "0.*", ValueError, "'0.weight' with requires_grad=False"),
+            (lambda m: m[0].double(), None, TypeError, "parameters must have one dtype"),
+            (lambda m: m[0].weight.data.fill_(float("nan")), None, ValueError, "finite, got NaN or Inf in '0.weight'"),
+            (lambda m: m.append(nn.LazyLinear(2)), None, ValueError, "initialised, got lazy '4.weight'"),
+            (lambda m: m.to(torch.complex64), None, TypeError, "floating dtype, got '0.weight' of torch.complex64"),
+        ],
+    )
+    @pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
+    @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+    def test_bad_parameters_are_refused(self, change, params, error, message):
+        model = net()
+        change(model)
+        with pytest.raises(error, match=message):
+            Problem(model, nn.CrossEntropyLoss(), (X, Y), params=params)
+
+    def test_integer_parameters_are_refused(self):
+        model = net()
+        model.register_parameter("table", nn.Parameter(torch.arange(3), requires_grad=False))
+        with pytest.raises(TypeError, match=r"floating dtype, got 'table' of torch.int64"):
+            Problem(model, nn.CrossEntropyLoss(), (X, Y), params="table")
+        assert "table" not in Problem(model, nn.CrossEntropyLoss(), (X, Y)).params
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"model": 3}, TypeError, "model must be a torch.nn.Module, got int"),
+        ({"forward": 3}, TypeError, "forward must be callable"),
+        ({"batch_dim": -1}, ValueError, "batch_dim must be an int >= 0, got -1"),
+        ({"batch_size": 0}, ValueError, "batch_size must be a positive int, got 0"),
+        ({"data": first_of(TensorDataset(X, Y)), "batch_size": 3}, ValueError, "batch_size must be None when data is"),
+    ],
+)
+def test_bad_arguments_are_refused(options, error, message):
+    arguments = {"model": net(), "loss": nn.CrossEntropyLoss(), "data": (X, Y)} | options
+    with pytest.raises(error, match=message):
+        Problem(**arguments)
+
+
+def test_bad_vectors_and_draws_are_refused():
+    problem = Problem(net(), nn.CrossEntropyLoss(), (X, Y))
+    with pytest.raises(ValueError, match=r"v must have shape \(31,\), got \(3,\)"):
+        problem.unflatten(torch.ones(3))
+    with pytest.raises(ValueError, match="flatten: tensors must be 4"):
+        problem.flatten([torch.ones(3)])
+    with pytest.raises(ValueError, match="flatten: names must be"):
+        problem.flatten({"x": torch.ones(3)})
+    with pytest.raises(ValueError, match=r"flatten: 0.weight must have shape \(4, 3\), got \(3, 4\)"):
+        problem.flatten([p.T if p.ndim == 2 else p for p in problem.params.values()])
+    with pytest.raises(ValueError, match="draws must be an int >= 1, got 0"):
+        problem.gradient(MaskKey(0), draws=0)
+    with pytest.raises(ValueError, match="draws must be 1 when masks is None"):
+        problem.sample_losses(next(iter(problem.batches())), draws=2)
+    with pytest.raises(ValueError, match="delta must be finite"), problem.displaced(torch.full((31,), float("nan"))):
+        pass
+
+
+class Custom(nn.Module):
+    """A linear map followed by any function of (module, output, input)."""
+
+    def __init__(self, fn):
+        super().__init__()
+        self.map, self.fn = nn.Linear(3, 3), fn
+        self.register_buffer("count", torch.zeros(()))
+        self.state = 0.0
+
+    def forward(self, x):
+        return self.fn(self, self.map(x), x)
+
+
+def remember(module, out, x):
+    module.state = module.state + 0.1
+    return out * (1 + module.state)
+
+
+def count(module, out, x):
+    module.count += 1
+    return out
+
+
+def straight_through(module, out, x):
+    w = module.map.weight
+    return F.linear(x, w + ((w * 4).round() / 4 - w).detach(), module.map.bias)
+
+
+class DropConnect(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.map = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return F.linear(x, F.dropout(self.map.weight, 0.5, self.training), self.map.bias)
+
+
+PROBES = [
+    (Custom(lambda m, out, x: F.dropout(out, 0.5)), None, "repeat bit for bit in eval mode.*random numbers"),
+    (Custom(remember), None, "repeat bit for bit.*keeps a state"),
+    (Custom(lambda m, out, x: out - out.mean(0)), None, "must be those of its parts.*couples the samples"),
+    (
+        nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, track_running_stats=False)),
+        None,
+        "must be those of its parts.*'1' normalises over the batch",
+    ),
+    (Custom(lambda m, out, x: out * 2 if m.training else out), MaskKey(0), "every p=0 must equal eval mode"),
+    (
+        Custom(lambda m, out, x: F.linear(x, m.map.weight.detach()) + 0 * out),
+        None,
+        "must be the derivative of the loss",
+    ),
+    (Custom(straight_through), None, "must be the derivative of the loss"),
+    (Custom(lambda m, out, x: out.detach()), None, "must depend on the parameters, got losses without a graph"),
+    (Custom(count), None, r"must not write to buffers, got a change of \['count'\]"),
+    (DropConnect(), MaskKey(0), "dropout in module '' is shared by the batch"),
+]
+
+
+@pytest.mark.parametrize(("model", "key", "message"), PROBES)
+def test_probes_say_what_is_wrong(model, key, message):
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        Problem(model.train(), nn.CrossEntropyLoss(), (X, Y)).gradient(key)
+    assert state(model) == before
+
+
+def test_a_wrong_batch_dim_is_refused():
+    model, loss, data = cases.CASES["lstm_time_major"].parts()
+    square = torch.cat([data[0], data[0][:2]])  # as many steps as samples
+    with pytest.raises(ValueError, match=r"must run on 3 of 6 samples as on all.*is batch_dim=0 the dimension"):
+        Problem(model, loss, (square, data[1]), batch_dim=0).risk()
+
+
+def test_models_without_a_defect_pass_the_probes_in_float32():
+    for case in cases.CASES.values():
+        case.problem(torch.float32).check(masks=True)
+    spectral = nn.Sequential(
+        parametrizations.spectral_norm(nn.Linear(3, 4)), nn.ReLU(), nn.Dropout(0.5), nn.Linear(4, 3)
+    )
+    Problem(spectral, nn.CrossEntropyLoss(), (X, Y)).check(masks=True)
+
+
+class TestLeftAsFound:
+    @pytest.mark.parametrize("name", cases.CASES)
+    def test_after_a_computation(self, name):
+        problem = cases.CASES[name].problem()
+        problem.model.train()
+        next(problem.model.children()).eval()
+        before = state(problem.model)
+        problem.gradient()
+        problem.gradient(MaskKey(0), draws=2)
+        problem.risk(MaskKey(0))
+        assert state(problem.model) == before
+
+    @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+    @pytest.mark.parametrize("call", [0, 3, 8, 12, 20])
+    def test_after_an_interruption(self, error, call):
+        calls = 0
+
+        def interrupt(module, out, x):
+            nonlocal calls
+            calls += 1
+            if calls > call:
+                raise error("stop")
+            return F.dropout(out, 0.5, module.training)
+
+        model = Custom(interrupt)
+        problem = Problem(model, nn.CrossEntropyLoss(), (X, Y), batch_size=4)
+        before = state(model)
+        with pytest.raises((error, ValueError)):
+            list(map(problem.gradient, [MaskKey(0)] * 9))
+        assert state(model) == before
+
+    def test_gradients_of_the_user_stay(self):
+        model = net()
+        model[0].weight.grad = torch.ones_like(model[0].weight)
+        problem = Problem(model, nn.CrossEntropyLoss(), (X, Y))
+        problem.gradient(MaskKey(0))
+        assert torch.equal(model[0].weight.grad, torch.ones(4, 3))
+        assert model[3].weight.grad is None
+
+    def test_displaced_puts_back_the_very_tensors(self):
+        problem = cases.CASES["lstm"].problem()
+        delta = torch.randn(problem.dim, dtype=torch.float64)
+        before, risk = state(problem.model), problem.risk()
+        theta = cases.theta(problem)
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+            with problem.displaced(delta):
+                torch.testing.assert_close(cases.theta(problem), theta + delta, rtol=0, atol=0)
+                assert problem.risk() != risk
+                raise KeyboardInterrupt
+        assert state(problem.model) == before
+        assert problem.risk() == risk
+
+    def test_under_no_grad_gradients_are_still_taken(self):
+        problem = Problem(net(), nn.CrossEntropyLoss(), (X, Y))
+        expected = problem.gradient()
+        with torch.no_grad():
+            assert torch.equal(problem.gradient(), expected)
+        with torch.inference_mode():
+            assert torch.equal(problem.gradient(), expected)
+
+
+class TestNotFinite:
+    def test_a_loss_names_batch_and_sample(self):
+        scale = X.clone()
+        scale[7] = 1e30
+        problem = Problem(net(0.0), lambda out, y: (out * y).square().sum(1), (X, scale), batch_size=4)
+        with pytest.raises(ValueError, match=r"losses must be finite, got inf at batch 1 \(sample 7\)"):
+            problem.risk()
+
+    def test_a_gradient_names_parameter_and_batch(self):
+        inputs = X.clone()
+        inputs[6] = 0.0
+
+        def loss(out, y):
+            return (out - torch.zeros(3)).abs().sum(1)
+
+        model = Custom(lambda m, out, x: (m.map.weight * x[:, None]).pow(2).sum(2).sqrt() + m.map.bias)
+        problem = Problem(model, loss, (inputs, Y), batch_size=4)
+        with pytest.raises(ValueError, match=r"gradients must be finite, got NaN or Inf in 'map.weight' at batch 1"):
+            problem.gradient()
+
+
+def test_substituted_tensors_reach_every_use():
+    problem = cases.CASES["lstm"].problem()
+    doubled = {name: 2 * p for name, p in problem.params.items()}
+    batch = next(iter(problem.batches()))
+    values, _ = problem.substituted(doubled, lambda: problem.sample_losses(batch))
+    with problem.displaced(cases.theta(problem)):
+        expected, _ = problem.sample_losses(batch)
+    torch.testing.assert_close(values, expected)
+    assert torch.autograd.grad(values.sum(), list(problem.params.values()))[0].abs().sum() > 0
+
+
+def test_plan_and_repr_can_be_read():
+    problem = Problem(net(), nn.CrossEntropyLoss(), (X, Y))
+    assert repr(problem) == "Problem(Sequential, CrossEntropyLoss(), n=10, dim=31, torch.float32)"
+    assert problem.plan().splitlines()[0].split() == ["0.weight", "(4,", "3)", "not", "measured", "yet"]

@@ -82,7 +82,7 @@ class Batches:
         self.n: int | None = None  # known for tensors at once, else after the first pass
         self._tensors: Any = None
         if isinstance(data, Tensor) or _is_tensors(data):
-            self._tensors = data
+            self._tensors = tuple(data) if isinstance(data, list) else data
             self.n = self._check_tensors(data)
             self.step = batch_size or DEFAULT_BATCH
         else:

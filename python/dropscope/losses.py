@@ -100,6 +100,11 @@ class SampleLoss:
         """
         if self.elements is None:
             return self._of_callable(self.loss(output, target), rows)
+        if isinstance(target, Mapping):
+            if "labels" not in target:
+                name = type(self.loss).__name__
+                raise ValueError(f"Problem: a mapping batch must have 'labels' for {name}, got keys {list(target)}")
+            target = target["labels"]
         losses = self._elementwise(output, target)
         values = self._by_sample(losses, rows)
         if self.reduction != "mean":
@@ -112,10 +117,6 @@ class SampleLoss:
         """The loss of every element, as torch computes it under ``reduction="none"``."""
         assert self.elements is not None
         name = type(self.loss).__name__
-        if isinstance(target, Mapping):
-            if "labels" not in target:
-                raise ValueError(f"Problem: a mapping batch must have 'labels' for {name}, got keys {list(target)}")
-            target = target["labels"]
         if not isinstance(output, (Tensor, tuple, list)) and hasattr(output, "logits"):
             output = output.logits
         count = 2 if isinstance(self.loss, (*_OF_PAIRS, nn.GaussianNLLLoss)) else 3

@@ -62,13 +62,15 @@ def split(problem: Problem, batch: Batch, key: MaskKey | None) -> None:
     whole = _values(problem, batch, key, draws=1 if key is None else 2)
     cut = max(1, batch.size // 2)
     parts = [slice(0, cut), slice(cut, batch.size)] if batch.size > 1 else [slice(0, 1)]
+    # Under masks a ValueError is a refusal of the replay, which says itself what it means.
+    errors = (RuntimeError, IndexError, ValueError)[: 3 if key is None else 2]
     try:
         if key is None:
             alone = torch.cat([_values(problem, batch.select(part), None) for part in parts])
         else:
             keys = (key, MaskKey(key.seed, key.draw + 1))
             alone = torch.stack([torch.cat([_values(problem, batch.select(p), k) for p in parts]) for k in keys], 1)
-    except (RuntimeError, IndexError) as error:
+    except errors as error:
         raise ValueError(
             f"Problem: the model must run on {cut} of {batch.size} samples as on all, got {type(error).__name__}: "
             f"{error} (is batch_dim={problem.batch_dim} the dimension of the sample?)"

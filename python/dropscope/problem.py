@@ -217,6 +217,7 @@ class Problem:
                 total += finite_sum(self.raw_losses(batch, masks)[0], batch)
         return total / self.total_weight
 
+    @torch.inference_mode(False)
     def gradient(self, masks: MaskKey | None = None, draws: int = 1, sharing: Sharing = "sample") -> Tensor:
         """Return ∇R, shape (dim,), or its mean over ``draws`` draws of the masks.
 
@@ -231,7 +232,7 @@ class Problem:
         weight = self.total_weight * draws
         for batch in self.batches():
             for draw in range(draws):
-                key = None if masks is None else type(masks)(masks.seed, masks.draw + draw)
+                key = None if masks is None else MaskKey(masks.seed, masks.draw + draw)
                 total += self._batch_gradient(batch, key, sharing, weight).to(total.dtype)
         return total.to(self.dtype)
 
@@ -314,6 +315,7 @@ class Problem:
         result: T = torch.func.functional_call(_Shell(self.model), named, (fn,))
         return result
 
+    @torch.inference_mode(False)
     def check(self, masks: bool = False) -> None:
         """Run the probes on a few samples, then read the data once for n and W; nothing the second time.
 

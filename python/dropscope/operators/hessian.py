@@ -75,6 +75,7 @@ class Hessian(SymmetricOperator):
         """Let go of the kept graphs; the next product builds them anew."""
         self._kept.clear()
 
+    @torch.inference_mode(False)
     def _matmat(self, V: Tensor) -> Tensor:
         self.problem.check(masks=self.keys[0] is not None)
         state = _state(self.problem.model)
@@ -147,7 +148,7 @@ class Hessian(SymmetricOperator):
     def _build(self, batch: Batch, key: MaskKey | None, weight: float) -> _Graph:
         parameters = list(self.problem.params.values())
         counted = saved_bytes(parameters) if not self._size else nullcontext(None)
-        with torch.inference_mode(False), torch.enable_grad(), counted as taken:
+        with torch.enable_grad(), counted as taken:
             values, _ = self.problem.raw_losses(batch, key)
             finite_sum(values, batch)
             gradients = torch.autograd.grad(
