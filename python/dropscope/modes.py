@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -43,3 +45,12 @@ def twice_differentiable(model: nn.Module) -> Iterator[None]:
         if on_cuda and any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         yield
+
+
+def dual(value: Tensor, tangent: Tensor) -> Tensor:
+    """Return value + tangent·ε inside a dual level, differentiable by autograd too."""
+    with warnings.catch_warnings():
+        # The first dual number of a process makes torch compile rules with its own, deprecated, compiler.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        number: Tensor = forward_ad.make_dual(value, tangent)  # type: ignore[no-untyped-call]
+    return number

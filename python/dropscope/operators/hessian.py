@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from dropscope import kernels
 from dropscope.masks import MaskKey
 from dropscope.memory import budget, readable, saved_bytes
-from dropscope.modes import twice_differentiable
+from dropscope.modes import dual, twice_differentiable
 from dropscope.operators.base import SymmetricOperator
 from dropscope.problem import Batch, Problem, finite_sum
 
@@ -174,7 +174,7 @@ class Hessian(SymmetricOperator):
         problem = self.problem
         with forward_ad.dual_level(), torch.enable_grad():
             duals = {
-                name: forward_ad.make_dual(p.detach().clone().requires_grad_(), part)  # type: ignore[no-untyped-call]
+                name: dual(p.detach().clone().requires_grad_(), part)
                 for (name, p), part in zip(problem.params.items(), self._parts(v), strict=True)
             }
             values, _ = problem.substituted(duals, lambda: problem.raw_losses(batch, key))
