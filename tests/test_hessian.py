@@ -225,18 +225,18 @@ def test_the_model_is_left_as_found():
 
 def test_an_interruption_leaves_a_working_operator():
     problem = cases.CASES["mlp"].problem()
-    calls = 0
+    calls = -1000  # none of the probes
 
     def forward(model, batch):
         nonlocal calls
         calls += 1
-        if calls == 8:
+        if calls == 2:
             raise KeyboardInterrupt
         return model(batch[0])
 
     stopped = Problem(problem.model, nn.CrossEntropyLoss(), problem.data._tensors, batch_size=4, forward=forward)
     stopped.risk()
-    calls = 6
+    calls = 0
     H, v = Hessian(stopped), random_vector(problem)
     with pytest.raises(KeyboardInterrupt):
         H @ v
@@ -244,9 +244,7 @@ def test_an_interruption_leaves_a_working_operator():
 
 
 class Once(torch.autograd.Function):
-    """A product without a second backward pass, but with a forward derivative."""
-
-    generate_vmap_rule = False
+    """exp without a second backward pass, but with a forward derivative."""
 
     @staticmethod
     def forward(x):
@@ -254,35 +252,58 @@ class Once(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(output)
-        ctx.save_for_forward(output)
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        (out,) = ctx.saved_tensors
-        return grad * out
+        return grad * ctx.saved_tensors[0].exp()
 
     @staticmethod
     def jvp(ctx, tangent):
-        (out,) = ctx.saved_tensors
-        return tangent * out
+        return tangent * ctx.saved_tensors[0].exp()
 
 
-def test_operations_without_a_second_backward_pass():
-    class Model(nn.Module):
-        def __init__(self, fn):
-            super().__init__()
-            self.map, self.fn = nn.Linear(3, 2).double(), fn
+class OnceOnly(torch.autograd.Function):
+    """The same, without any forward derivative."""
 
-        def forward(self, x):
-            return self.fn(self.map(x))
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.exp()
 
-    X = torch.randn(5, 3, dtype=torch.float64)
-    once, plain = Model(Once.apply), Model(torch.exp)
-    plain.load_state_dict(once.state_dict())
-    pair = [Problem(model, nn.MSELoss(), (X, X[:, :2]), batch_size=3) for model in (once, plain)]
-    torch.testing.assert_close(Hessian(pair[0]).to_dense(), Hessian(pair[1]).to_dense(), rtol=0, atol=1e-13)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0].exp()
+
+
+class TestWithoutDoubleBackward:
+    def problem(self, fn):
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.map = nn.Linear(3, 2).double()
+
+            def forward(self, x):
+                return fn(self.map(x))
+
+        torch.manual_seed(0)
+        X = torch.randn(5, 3, dtype=torch.float64)
+        return Problem(Model(), nn.MSELoss(), (X, X[:, :2]), batch_size=3)
+
+    def test_forward_over_reverse_takes_over(self):
+        expected = Hessian(self.problem(torch.exp)).to_dense()
+        H = Hessian(self.problem(Once.apply))
+        torch.testing.assert_close(H.to_dense(), expected, rtol=0, atol=1e-13)
+        assert H._forward_over_reverse
+
+    def test_without_either_it_is_refused(self):
+        H = Hessian(self.problem(OnceOnly.apply))
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"an operation has no second derivative .*once_differentiable"):
+                H @ torch.ones(8, dtype=torch.float64)
 
 
 def test_float32_and_bfloat16():

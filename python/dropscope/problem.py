@@ -50,6 +50,7 @@ class Problem:
         dim: number of coordinates.
         dtype: dtype of the parameters.
         device: device of the parameters.
+        sample: a few samples of the first batch, once :meth:`check` has run.
         routes: name -> how its per-sample gradients are taken and why; filled by the first noise measurement.
 
     Raises:
@@ -93,6 +94,7 @@ class Problem:
         self.routes: dict[str, str] = {}
         self._weight: float | None = None  # known once the probes have passed
         self._masks_probed = False
+        self.sample: Batch
 
     def __repr__(self) -> str:
         n = "?" if self.data.n is None else self.data.n
@@ -326,11 +328,11 @@ class Problem:
             ValueError: if the model and the data do not make one risk; the message says what failed and what it means.
         """
         if self._weight is None:
-            self._sample = next(iter(self.data)).select(slice(0, probes.SAMPLES))
-            probes.run(self, self._sample, masks=False)
+            self.sample = next(iter(self.data)).select(slice(0, probes.SAMPLES))
+            probes.run(self, self.sample, masks=False)
             self._weight = 1.0 if self.loss.reduction == "sum" else self._sum_weights()
         if masks and not self._masks_probed:
-            probes.run(self, self._sample, masks=True)
+            probes.run(self, self.sample, masks=True)
             self._masks_probed = True
 
     def _sum_weights(self) -> float:
@@ -371,9 +373,8 @@ def finite_sum(values: Tensor, batch: Batch) -> float:
     if total - total != 0.0:
         row = int((~torch.isfinite(values)).nonzero()[0])
         sample = int(batch.samples[row * batch.size // len(values)])
-        raise ValueError(
-            f"Problem: losses must be finite, got {float(values[row])} at batch {batch.index} (sample {sample})"
-        )
+        seen = f"{float(values.detach()[row])} at batch {batch.index} (sample {sample})"
+        raise ValueError(f"Problem: losses must be finite, got {seen}")
     return total
 
 

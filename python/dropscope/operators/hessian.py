@@ -94,7 +94,7 @@ class Hessian(SymmetricOperator):
                     self.close()
                     if not any(text in str(error) for text in _MISSING):
                         raise
-                    self._forward_over_reverse = True
+                    self._try_forward_over_reverse(error)
                     out.zero_()
             if self._forward_over_reverse:
                 self._add_forward_over_reverse(rows, out)
@@ -156,6 +156,7 @@ class Hessian(SymmetricOperator):
             )
         self.problem.require_finite(self.problem.flatten([g.detach() for g in gradients]), batch)
         if taken is not None:
+            refuse_dead_ends(gradients)
             self._size = max(1, taken()) / batch.elements
         return _Graph(gradients, int(self._size * batch.elements))
 
@@ -168,6 +169,40 @@ class Hessian(SymmetricOperator):
                     for part, tangent in zip(self._parts(image), self._tangents(batch, key, v), strict=True):
                         if tangent is not None:
                             part.add_(tangent, alpha=1.0 / weight)
+
+    def _try_forward_over_reverse(self, error: RuntimeError) -> None:
+        """Take the other order of derivatives if it agrees with differences of gradients: torch may drop tangents."""
+        problem, key = self.problem, self.keys[0]
+        generator = torch.Generator().manual_seed(0)
+        v = (torch.randint(0, 2, (self.dim,), generator=generator) * 2.0 - 1.0).to(self.device, self.dtype)
+        size = max(float(p.detach().abs().max()) for p in problem.params.values()) or 1.0
+        step = size * torch.finfo(self.dtype).eps ** (1 / 3)
+        try:
+            tangents = self._tangents(problem.sample, key, v)
+            product = problem.flatten(
+                [
+                    torch.zeros_like(p) if t is None else t
+                    for t, p in zip(tangents, problem.params.values(), strict=True)
+                ]
+            )
+            wide, narrow = (self._difference(v, h, key) for h in (step, step / 2))
+            slack = 0.02 * float(narrow.norm()) + 3 * float((wide - narrow).norm())
+            wrong = not float((product - narrow).norm()) <= slack
+        except (RuntimeError, NotImplementedError):
+            wrong = True
+        if wrong:
+            raise ValueError(f"Hessian: an operation has no second derivative in torch: {error}") from error
+        self._forward_over_reverse = True
+
+    def _difference(self, v: Tensor, step: float, key: MaskKey | None) -> Tensor:
+        """Central difference of Σ∇s over the samples of the probes."""
+        problem, ends = self.problem, []
+        for sign in (1.0, -1.0):
+            with problem.displaced(v * (sign * step)), torch.enable_grad():
+                values, _ = problem.raw_losses(problem.sample, key)
+                grads = torch.autograd.grad(values.sum(), list(problem.params.values()), materialize_grads=True)
+                ends.append(problem.flatten(grads))
+        return (ends[0] - ends[1]) / (2 * step)
 
     def _tangents(self, batch: Batch, key: MaskKey | None, v: Tensor) -> list[Tensor | None]:
         """Derivative of Σ∇s along v: the gradient of dual numbers."""
@@ -197,6 +232,20 @@ class _Graph:
             return None
         gradients, directions = zip(*pairs, strict=True)
         return torch.autograd.grad(gradients, parameters, directions, retain_graph=keep, materialize_grads=True)
+
+
+def refuse_dead_ends(gradients: Sequence[Tensor]) -> None:
+    """Raise RuntimeError if a graph ends in a ``once_differentiable`` function: torch then returns zeros silently."""
+    nodes = [g.grad_fn for g in gradients]
+    seen = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if type(node).__name__ == "Error":
+            raise RuntimeError("the backward pass of a custom function is once_differentiable")
+        nodes.extend(following for following, _ in node.next_functions)
 
 
 def mask_keys(
