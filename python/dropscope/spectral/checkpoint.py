@@ -51,7 +51,7 @@ class Checkpoint:
         """Write the state now."""
         start = time.monotonic()
         krylov = self.solver.krylov
-        arrays = {"basis": krylov.basis[: krylov.size + 1], "T": krylov.T}
+        arrays = {"basis": krylov.basis[: krylov.size + 1], "T": krylov.T, "errors": krylov.errors}
         state = {name: getattr(krylov, name) for name in KRYLOV} | {n: getattr(self.solver, n) for n in SOLVER}
         _files.write_arrays(self.path, arrays, {"identity": self._identity(), "state": state})
         end = time.monotonic()
@@ -84,6 +84,7 @@ class Checkpoint:
         krylov, state = self.solver.krylov, metadata["state"]
         krylov.basis[: len(arrays["basis"])].copy_(arrays["basis"])
         krylov.T.copy_(arrays["T"])
+        krylov.errors.copy_(arrays["errors"])
         for owner, names in ((krylov, KRYLOV), (self.solver, SOLVER)):
             for name in names:
                 setattr(owner, name, state[name])

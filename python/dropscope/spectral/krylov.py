@@ -20,7 +20,7 @@ ASYMMETRY = 1e-3
 
 
 class Krylov:
-    """A Q = Q T + β q eᵀ, the columns of Q the first ``size`` rows of ``basis`` and q the row after them.
+    """A Q = Q T + q borderᵀ + E, the columns of Q the first ``size`` rows of ``basis`` and q the row after them.
 
     Three-term recurrence; each new vector is measured against the whole basis (one read) and made orthogonal to it
     when it is not (a second read). T is float64.  Symmetry makes ⟨qᵢ, A qⱼ⟩ known before the product is made, so
@@ -29,13 +29,15 @@ class Krylov:
     Attributes:
         basis: (capacity + 1, dim), rows orthonormal; row ``size`` is the next vector.
         T: projected matrix, float64 (capacity, capacity): tridiagonal, after a restart with an arrowhead.
+        errors: EᵀE, E what was removed or dropped although T does not hold it: rounding, the loss of orthogonality,
+            a stirred vector; float64 (capacity, capacity).
         beta: norm of what is left after the last step; 0 after a breakdown.
         norm: the largest ‖A q‖ seen, a lower bound of ‖A‖.
         steps: products made so far, over all restarts.
         broke: whether the last step ended in an invariant subspace, so that the next vector is a fresh random one.
     """
 
-    def __init__(self, A: SymmetricOperator, capacity: int, *, seed: int, full: bool, breakdown: float = 0.0) -> None:
+    def __init__(self, A: SymmetricOperator, capacity: int, *, seed: int, full: bool) -> None:
         """Make room; :meth:`start` draws the first vector.
 
         Args:
@@ -43,12 +45,12 @@ class Krylov:
             capacity: steps that the basis can hold, at most ``A.dim``.
             seed: seed of the start vector and of those drawn after breakdowns.
             full: make every vector orthogonal to the whole basis, measured or not.
-            breakdown: β below this share of the norm (or rounding) counts as an invariant subspace.
         """
         self.A, self.seed, self.full = A, seed, full
-        self.breakdown = max(breakdown, 4 * torch.finfo(A.dtype).eps)
+        self.breakdown = 16 * torch.finfo(A.dtype).eps
         self.basis = torch.empty(capacity + 1, A.dim, dtype=A.dtype, device=A.device)
         self.T = torch.zeros(capacity, capacity, dtype=torch.float64)
+        self.errors = torch.zeros(capacity, capacity, dtype=torch.float64)
         self.norm, self.steps, self.index = 0.0, 0, 0
         self.size, self.first, self.beta, self.restore, self.broke = 0, 0, 0.0, False, False
 
@@ -57,9 +59,19 @@ class Krylov:
         """Steps that the basis can hold."""
         return self.T.shape[0]
 
+    @property
+    def border(self) -> Tensor:
+        """Coefficients of the next vector in the columns of A Q, float64 (size,): β eᵀ, but after a restart."""
+        if self.size < self.capacity:
+            return self.T[self.size, : self.size]
+        border = torch.zeros(self.size, dtype=torch.float64)
+        border[-1] = self.beta
+        return border
+
     def start(self, index: int = 0, kind: kernels.ProbeKind = "normal") -> None:
         """Begin anew from probe number ``index``."""
         self.T.zero_()
+        self.errors.zero_()
         self.size, self.first, self.beta, self.restore, self.broke = 0, 0, 0.0, False, False
         self._draw(self.basis[0], 0, index, kind)
         self.index = index + 1
@@ -103,34 +115,49 @@ class Krylov:
             )
         broke = beta <= self.breakdown * size
         if broke:
-            beta = 0.0
+            gap, beta = math.hypot(gap, beta), 0.0
             if j + 1 < self.A.dim:
                 self._draw(w, j + 1, self.index)
         else:
             w.div_(beta)
         with uninterrupted():
-            self.T[j, j] = alpha
+            self.T[j, j], self.errors[j, j] = alpha, gap * gap
             if j + 1 < self.capacity:
                 self.T[j, j + 1] = self.T[j + 1, j] = beta
             self.restore = reads == 2 and not force
             self.beta, self.norm, self.broke, self.first, self.size = beta, size, broke, j, j + 1
             self.index, self.steps = self.index + int(broke), self.steps + 1
 
-    def restart(self, theta: Tensor, S: Tensor) -> None:
+    def restart(self, theta: Tensor, S: Tensor, stir: float = 0.0) -> None:
         """Keep the Ritz vectors Q S with values ``theta``; the next vector stays.
 
         Args:
             theta: float64 (kept,).
             S: eigenvectors of T, float64 (size, kept).
+            stir: share of a random direction mixed into the next vector, which lets in what the start vector lacked
+                (further copies of a multiple eigenvalue); adds that share of β|s| to the residuals.
         """
         size, kept = S.shape
         with uninterrupted():
             kernels.rotate(self.basis[:size], S)
-            self.basis[kept].copy_(self.basis[size])
+            q, beta = self.basis[kept].copy_(self.basis[size]), self.beta
+            errors = S.T @ self.errors[:size, :size] @ S
+            if stir:
+                aside = beta * stir / math.hypot(1.0, stir) * S[-1]
+                errors += torch.outer(aside, aside)
+                self._draw(self.basis[kept + 1], kept + 1, self.index)
+                q.add_(self.basis[kept + 1], alpha=stir).div_(math.hypot(1.0, stir))
+                self.index, beta = self.index + 1, beta / math.hypot(1.0, stir)
             self.T.zero_()
             self.T[:kept, :kept] = theta.diag()
-            self.T[kept, :kept] = self.T[:kept, kept] = self.beta * S[-1]
+            self.T[kept, :kept] = self.T[:kept, kept] = beta * S[-1]
+            self.errors.zero_()[:kept, :kept] = errors
             self.size, self.first, self.restore = kept, 0, True
+
+    def residuals(self, S: Tensor) -> tuple[Tensor, Tensor]:
+        """The two parts of ‖A y − θ y‖ for y = Q s and each eigenvector s of T, a column of S: |border · s|, ‖E s‖."""
+        errors = (S * (self.errors[: self.size, : self.size] @ S)).sum(0)
+        return (self.border @ S).abs(), errors.clamp(min=0.0).sqrt()
 
     def _draw(self, out: Tensor, rows: int, index: int, kind: kernels.ProbeKind = "normal") -> None:
         """Fill ``out`` with a random unit vector orthogonal to the first ``rows`` rows."""

@@ -188,7 +188,7 @@ def _sketch(A: SymmetricOperator, Q: Tensor, seed: int, bar: tqdm[None]) -> tupl
 def _compression(A: SymmetricOperator, Q: Tensor, bar: tqdm[None]) -> Tensor:
     """Qᵀ A Q for the rows of Q, float64, symmetric."""
     parts = []
-    for rows in Q.split(WIDTH):
+    for rows in torch.split(Q, WIDTH):
         parts.append((Q @ (A @ rows.T)).double().cpu())
         bar.update(len(rows))
     H = torch.cat(parts, 1)
