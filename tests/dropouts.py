@@ -42,9 +42,9 @@ class Attend(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, batch_first: bool = True, **options: Any) -> None:
         super().__init__()
-        self.layer = nn.MultiheadAttention(8, 2, 0.3, batch_first=True, dtype=torch.float64)
+        self.layer = nn.MultiheadAttention(8, 2, 0.3, batch_first=batch_first, dtype=torch.float64)
         self.options = options
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,6 +115,7 @@ CASES = [
     Case("attention grouped queries", lambda: Attend(2, enable_gqa=True), HEADS),
     Case("MultiheadAttention", SelfAttention, SEQUENCE),
     Case("MultiheadAttention without weights", lambda: SelfAttention(need_weights=False), SEQUENCE),
+    Case("MultiheadAttention time-major", lambda: SelfAttention(False), (5, N, 8), 1),
     Case("TransformerEncoderLayer", lambda: encoder(True), SEQUENCE),
     Case("TransformerEncoderLayer time-major", lambda: encoder(False), (5, N, 8), 1),
     Case("Transformer", Transformer, SEQUENCE),

@@ -61,15 +61,18 @@ def test_p_of_zero_still_counts_as_a_call() -> None:
         assert F.dropout(x, 0.0) is x
         assert torch.equal(F.dropout(x, 0.5) != 0, mask((3, 50), 0.5, "", 1))
         assert not F.dropout(x, 1.0).any()
+        assert F.dropout(x[:2], 0.0).shape == F.dropout2d(x[:2], 1.0).shape == (2, 50)  # no mask, so any shape
 
 
-def test_attention_is_explicit() -> None:
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_attention_is_explicit(kind: str) -> None:
     """Weights in the open; rows masked throughout give 0, and derivatives without NaN."""
     q, k, v = (torch.randn(3, 2, 4, 5, dtype=torch.float64, requires_grad=True) for _ in range(3))
     allowed = torch.rand(3, 1, 4, 4) < 0.6
     allowed[0, :, 2] = False
     with ds.replay_dropout(KEY, torch.arange(3)):
-        out = F.scaled_dot_product_attention(q, k, v, allowed, 0.3)
+        bias = torch.zeros(3, 1, 4, 4, dtype=torch.float64).masked_fill(~allowed, -math.inf)
+        out = F.scaled_dot_product_attention(q, k, v, allowed if kind == "bool" else bias, 0.3)
     weights = (q @ k.mT / math.sqrt(5)).masked_fill(~allowed, -math.inf).softmax(-1).nan_to_num(0.0)
     expected = (weights * mask((3, 2, 4, 4), 0.3) / ds.keep_probability(0.3)) @ v
     torch.testing.assert_close(out, expected)
@@ -199,12 +202,10 @@ def test_a_mask_on_a_parameter_is_shared() -> None:
     with replay_streams(0, make_streams(KEY.draw, torch.arange(N)), model=model) as mode:
         out = model(x)
         swapped = functional_call(model, {"weight": torch.ones(N, 30)}, (x,))
-    shared = make_streams(KEY.draw, torch.arange(1)) | SHARED_SAMPLE
-    with replay_streams(0, shared):
-        expected = F.dropout(torch.ones(1, N * 30)).view(N, 30)
-    assert torch.equal(out, x @ expected.T)
-    assert not torch.equal(swapped, out)  # its second call
-    assert torch.equal(swapped, swapped[:1].expand_as(swapped))
+    with replay_streams(0, make_streams(KEY.draw, torch.arange(1)) | SHARED_SAMPLE):
+        first, second = (F.dropout(torch.ones(1, N * 30)).view(N, 30) for _ in range(2))
+    assert torch.equal(out, x @ first.T)
+    assert torch.equal(swapped, x @ second.T)
     assert mode.shared == {"dropout in module ''"}
     with (
         pytest.raises(ValueError, match="must be of one draw"),

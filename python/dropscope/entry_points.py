@@ -139,7 +139,7 @@ class _Frame:
     """Where a checkpointed function stood in its forward: what its recomputation must find again."""
 
     def __init__(self) -> None:
-        self.modules = list(frames.modules)
+        self.modules = [(module, ()) for module, _ in frames.modules]  # arguments would keep activations alive
         self.open = [(mode, dict(mode.tally)) for mode in frames.open]
 
     @contextlib.contextmanager

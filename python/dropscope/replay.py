@@ -56,6 +56,8 @@ class Replay:
     def drop(self, call: Call, x: Tensor, p: float, dim: int | None = None) -> Tensor:
         """X ∘ keep · 65536/T, row by row; a mask on a parameter is shared by the batch."""
         threshold, site = keep_threshold(p), self.site(call)
+        if threshold in (0, 65536):
+            return select(torch.zeros((), dtype=torch.bool, device=x.device), threshold, x)
         if is_parameter(call, x):
             return mask_rows(x, self.shared_stream(call, x.device), self.seed, site, threshold)
         dim = self.check(call, x.shape, dim)
@@ -67,6 +69,8 @@ class Replay:
     ) -> tuple[Tensor, int]:
         """The bool mask of a tensor of this shape, and T."""
         threshold, site = keep_threshold(p), self.site(call)
+        if threshold in (0, 65536):
+            return torch.full(tuple(shape), threshold != 0, device=device), threshold
         dim = self.check(call, shape, dim)
         keep = keep_rows(self.streams(device), math.prod(shape) // self.rows, self.seed, site, threshold)
         return keep.reshape(shape[dim], *shape[:dim], *shape[dim + 1 :]).movedim(0, dim), threshold
