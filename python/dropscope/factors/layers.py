@@ -165,7 +165,7 @@ class Recorder:
             y = function(x[:: self.draws], weight, bias).repeat_interleave(self.draws, 0)
         else:
             y = function(x, weight, bias)
-        inputs = x.detach()[:: self.draws] if shared else x.detach()
+        inputs = x.detach()[:: self.draws].contiguous() if shared else x.detach()
         edge = get_gradient_edge(y)
         self.uses.append(Use(weight_name, bias_name, edge, inputs, shared, weight_part, bias_part, paired))
         return y
