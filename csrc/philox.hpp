@@ -55,5 +55,11 @@ DROPSCOPE_HOST_DEVICE inline uint32_t keep_bits(const Words& words, uint32_t thr
   return bits;
 }
 
+// Byte j of the result is bit j: bit j is singled out in byte j, then carried to the top of it.
+DROPSCOPE_HOST_DEVICE inline uint64_t spread(uint64_t byte) {
+  const uint64_t single = byte * 0x0101010101010101u & 0x8040201008040201u;
+  return (single + 0x00406070787C7E7Fu) >> 7 & 0x0101010101010101u;
+}
+
 }  // namespace
 }  // namespace dropscope

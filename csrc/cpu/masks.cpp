@@ -29,12 +29,6 @@ void apply_mask(ConstMatrix x, Matrix out, MaskSource source, Launch launch) {
   }
 }
 
-// Byte j of the result is bit j: bit j is singled out in byte j, then carried to the top of it.
-inline uint64_t spread(uint8_t byte) {
-  const uint64_t single = byte * 0x0101010101010101u & 0x8040201008040201u;
-  return (single + 0x00406070787C7E7Fu) >> 7 & 0x0101010101010101u;
-}
-
 void keep_mask(uint8_t* out, int64_t rows, int64_t units, MaskSource source, Launch launch) {
   for_each_piece(rows, units, true, source, launch.threads,
                  [&](int64_t row, int64_t unit, int64_t count, const uint8_t* bits) {

@@ -21,6 +21,11 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 MatrixArgument = tuple[int, int, int, int, int]
 
 
+def isa() -> str:
+    """The instruction set of the CPU kernels in use; the environment variable DROPSCOPE_ISA forces one."""
+    return _core.isa()
+
+
 def plain(*tensors: Tensor) -> bool:
     """Whether all are ordinary strided tensors in memory that a kernel may read: not fake, functional or wrapped."""
     if torch.compiler.is_compiling():
