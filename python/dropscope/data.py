@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SubsetRandomSampler
 from torch.utils.data import WeightedRandomSampler as _Weighted
 
-DEFAULT_BATCH = 256
+DEFAULT_BATCH = 256  # of a Dataset
 MAX_SAMPLES = 2**32 - 1  # the largest sample id is 2³²−2; 2³²−1 names the mask that a batch shares
 _HASHED = 1 << 14  # elements of a tensor that enter its fingerprint
 
@@ -84,7 +84,7 @@ class Batches:
         if isinstance(data, Tensor) or _is_tensors(data):
             self._tensors = tuple(data) if isinstance(data, list) else data
             self.n = self._check_tensors(data)
-            self.step = batch_size or DEFAULT_BATCH
+            self.step = batch_size or _step(data, self.n)
         else:
             self._loader = _loader(data, batch_size)
 
@@ -223,6 +223,12 @@ def _loader(data: Any, batch_size: int | None) -> Iterable[Any]:
     if isinstance(data, Sized) and len(data) == 0:
         raise ValueError(f"Problem: data must not be empty, got an empty {type(data).__name__}")
     return data
+
+
+def _step(data: Any, n: int) -> int:
+    """Samples a batch: up to 1024, fewer where a sample is large; a token stands for the vector that it becomes."""
+    size = sum(t.numel() * (1 if t.is_floating_point() else 256) for t in _tensors(data) if t.ndim > 1) / n
+    return int(min(1024, max(1, (1 << 20) // max(1, size))))
 
 
 def _is_tensors(data: Any) -> bool:

@@ -37,12 +37,11 @@ def mode(model: nn.Module, train: bool) -> Iterator[None]:
 
 
 @contextmanager
-def twice_differentiable(model: nn.Module) -> Iterator[None]:
+def twice_differentiable(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Run a block in kernels that have a second derivative: attention by plain products, RNNs without cuDNN."""
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        on_cuda = any(p.is_cuda for p in model.parameters())
-        if on_cuda and any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        if device.type == "cuda" and any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         yield
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
@@ -17,11 +16,11 @@ from dropscope.intercept import Handler, Interceptor
 from dropscope.losses import Loss, SampleLoss
 from dropscope.masks import MaskKey, Sharing, make_streams, replay_streams
 from dropscope.modes import mode
+from dropscope.parameters import Params, choose
 
 __all__ = ["Batch", "Problem"]
 
 T = TypeVar("T")
-Params = str | nn.Parameter | Iterable[str | nn.Parameter]
 
 
 class Problem:
@@ -40,7 +39,7 @@ class Problem:
             A batch (x, y) is read as ``loss(model(x), y)``; a longer tuple as ``loss(model(*batch[:-1]), batch[-1])``;
             a mapping as ``loss(model(**inputs), batch)``, the inputs being all but ``"labels"``.
         params: what to differentiate: names, patterns such as ``"blocks.0.*"``, or parameters; default all trainable.
-        batch_size: samples a batch for tensors and Datasets, default 256.
+        batch_size: samples a batch for tensors and Datasets, default up to 1024 for tensors, 256 for Datasets.
         forward: ``forward(model, batch)`` instead of the above.
         batch_dim: the dimension of the sample.
 
@@ -376,57 +375,3 @@ def finite_sum(values: Tensor, batch: Batch) -> float:
         seen = f"{float(values.detach()[row])} at batch {batch.index} (sample {sample})"
         raise ValueError(f"Problem: losses must be finite, got {seen}")
     return total
-
-
-def choose(model: nn.Module, params: Params | None) -> dict[str, nn.Parameter]:
-    """Return the chosen parameters by name, in the model's order, each once.
-
-    Raises:
-        TypeError: if a parameter is not of a floating dtype, or the dtypes differ.
-        ValueError: if nothing is chosen or trainable, a name is unknown, or the devices differ.
-    """
-    every = dict(model.named_parameters())
-    for name, p in every.items():
-        if isinstance(p, nn.parameter.UninitializedParameter):
-            raise ValueError(f"Problem: parameters must be initialised, got lazy {name!r}: run the model once before")
-    if params is None:
-        chosen = {name: p for name, p in every.items() if p.requires_grad}
-        if not chosen:
-            raise ValueError(f"Problem: model must have trainable parameters, got none among {len(every)}")
-    else:
-        chosen = _select(model, every, [params] if isinstance(params, (str, nn.Parameter)) else list(params))
-    for name, p in chosen.items():
-        if not p.is_floating_point():
-            raise TypeError(f"Problem: parameters must be of a floating dtype, got {name!r} of {p.dtype}")
-        if not p.requires_grad:
-            raise ValueError(f"Problem: params must be trainable, got {name!r} with requires_grad=False")
-        if not bool(torch.isfinite(p.detach()).all()):
-            raise ValueError(f"Problem: parameters must be finite, got NaN or Inf in {name!r}")
-    for field, error in (("dtype", TypeError), ("device", ValueError)):
-        seen = {str(getattr(p, field)) for p in chosen.values()}
-        if len(seen) > 1:
-            raise error(f"Problem: parameters must have one {field}, got {sorted(seen)}; choose some with params=")
-    return chosen
-
-
-def _select(
-    model: nn.Module, every: Mapping[str, nn.Parameter], wanted: Sequence[str | nn.Parameter]
-) -> dict[str, nn.Parameter]:
-    # A tied parameter may be asked for under any of its names.
-    aliases = dict(model.named_parameters(remove_duplicate=False))
-    ids: set[int] = set()
-    for item in wanted:
-        if isinstance(item, nn.Parameter):
-            found = [item] if any(item is p for p in every.values()) else []
-            seen = f"a parameter of shape {tuple(item.shape)} that is not the model's"
-        elif isinstance(item, str):
-            found = [p for name, p in aliases.items() if name == item or fnmatch.fnmatchcase(name, item)]
-            seen = repr(item)
-        else:
-            raise TypeError(f"Problem: params must be names, patterns or parameters, got {type(item).__name__}")
-        if not found:
-            raise ValueError(f"Problem: params must be among {list(every)}, got {seen}")
-        ids.update(id(p) for p in found)
-    if not ids:
-        raise ValueError("Problem: params must name at least one parameter, got none")
-    return {name: p for name, p in every.items() if id(p) in ids}

@@ -86,7 +86,7 @@ class Hessian(SymmetricOperator):
         wide = torch.float32 if self.dtype in (torch.float16, torch.bfloat16) else self.dtype
         out = torch.zeros(rows.shape, dtype=wide, device=self.device)
         work = self.dim * self.problem.n / (self.problem.data.count or 1)
-        with twice_differentiable(self.problem.model), kernels.faster_products(work):
+        with twice_differentiable(self.problem.model, self.device), kernels.faster_products(work):
             if not self._forward_over_reverse:
                 try:
                     self._add_double_backward(rows, out)
@@ -102,12 +102,12 @@ class Hessian(SymmetricOperator):
 
     def _add_double_backward(self, rows: Tensor, out: Tensor) -> None:
         parameters = list(self.problem.params.values())
+        pairs = [(self._parts(v), self._parts(image)) for v, image in zip(rows, out, strict=True)]
         for graph, keep in self._graphs():
-            for j, (v, image) in enumerate(zip(rows, out, strict=True)):
-                last = j + 1 == len(rows)
-                product = graph.product(parameters, self._parts(v), keep=keep or not last)
+            for j, (vs, images) in enumerate(pairs):
+                product = graph.product(parameters, vs, keep=keep or j + 1 < len(pairs))
                 if product is not None:
-                    torch._foreach_add_(self._parts(image), list(product))
+                    torch._foreach_add_(images, product)
 
     def _parts(self, v: Tensor) -> list[Tensor]:
         """Views of a flat vector in the parameters' shapes."""

@@ -1,0 +1,65 @@
+"""Which parameters a problem differentiates."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+Params = str | nn.Parameter | Iterable[str | nn.Parameter]
+
+
+def choose(model: nn.Module, params: Params | None) -> dict[str, nn.Parameter]:
+    """Return the chosen parameters by name, in the model's order, each once.
+
+    Raises:
+        TypeError: if a parameter is not of a floating dtype, or the dtypes differ.
+        ValueError: if nothing is chosen or trainable, a name is unknown, or the devices differ.
+    """
+    every = dict(model.named_parameters())
+    for name, p in every.items():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise ValueError(f"Problem: parameters must be initialised, got lazy {name!r}: run the model once before")
+    if params is None:
+        chosen = {name: p for name, p in every.items() if p.requires_grad}
+        if not chosen:
+            raise ValueError(f"Problem: model must have trainable parameters, got none among {len(every)}")
+    else:
+        chosen = _select(model, every, [params] if isinstance(params, (str, nn.Parameter)) else list(params))
+    for name, p in chosen.items():
+        if not p.is_floating_point():
+            raise TypeError(f"Problem: parameters must be of a floating dtype, got {name!r} of {p.dtype}")
+        if not p.requires_grad:
+            raise ValueError(f"Problem: params must be trainable, got {name!r} with requires_grad=False")
+        if not bool(torch.isfinite(p.detach()).all()):
+            raise ValueError(f"Problem: parameters must be finite, got NaN or Inf in {name!r}")
+    for field, error in (("dtype", TypeError), ("device", ValueError)):
+        seen = {str(getattr(p, field)) for p in chosen.values()}
+        if len(seen) > 1:
+            raise error(f"Problem: parameters must have one {field}, got {sorted(seen)}; choose some with params=")
+    return chosen
+
+
+def _select(
+    model: nn.Module, every: Mapping[str, nn.Parameter], wanted: Sequence[str | nn.Parameter]
+) -> dict[str, nn.Parameter]:
+    # A tied parameter may be asked for under any of its names.
+    aliases = dict(model.named_parameters(remove_duplicate=False))
+    ids: set[int] = set()
+    for item in wanted:
+        if isinstance(item, nn.Parameter):
+            found = [item] if any(item is p for p in every.values()) else []
+            seen = f"a parameter of shape {tuple(item.shape)} that is not the model's"
+        elif isinstance(item, str):
+            found = [p for name, p in aliases.items() if name == item or fnmatch.fnmatchcase(name, item)]
+            seen = repr(item)
+        else:
+            raise TypeError(f"Problem: params must be names, patterns or parameters, got {type(item).__name__}")
+        if not found:
+            raise ValueError(f"Problem: params must be among {list(every)}, got {seen}")
+        ids.update(id(p) for p in found)
+    if not ids:
+        raise ValueError("Problem: params must name at least one parameter, got none")
+    return {name: p for name, p in every.items() if id(p) in ids}
