@@ -50,7 +50,8 @@ def both(name, dtype, start, *args, **kwargs):
     getattr(kernels, name)(*args, actual, **kwargs)
     wide = [x.double() for x in args]
     getattr(reference, name)(*wide, expected, **kwargs)
-    assert_near(actual, expected, dtype)
+    size = start.double().norm() + (expected - start.double()).norm()  # they may cancel
+    assert (actual.double() - expected).norm() < TOLERANCE[dtype] * size
     return actual
 
 
@@ -171,6 +172,26 @@ def test_symmetric_half_equals_the_whole(dtype):
     kernels.gram(A, B, A.clone(), B.clone(), whole)
     assert torch.equal(half, half.T)
     assert_near(half, whole, dtype)
+
+
+@DTYPES
+def test_gram_sum_adds_the_layers(dtype):
+    shapes = [(1200, 2, 1, 5, 7, 1), (1200, 1, 1, 7, 3, 1), (1200, 4, 3, 2, 2, 1), (1200, 3, 9, 2, 2, 1)]
+    layers = [(*factors(shape, dtype, seed)[:2], seed % 2 == 0) for seed, shape in enumerate(shapes)]
+    half, whole = (torch.ones(1200, 1200, dtype=sums(dtype)) for _ in range(2))
+    kernels.gram_sum(layers, layers, half)
+    for A, B, bias in layers:
+        kernels.gram(A, B, A, B, whole, bias=bias)
+    assert_near(half, whole, dtype)
+    assert torch.equal(half, half.T)
+    part = torch.ones(1200, 24, dtype=sums(dtype))
+    cols = [(A[: 24 * len(A) // len(B)], B[:24], bias) for A, B, bias in layers]
+    kernels.gram_sum(layers, cols, part)
+    assert_near(part, whole[:, :24], dtype)
+    with pytest.raises(ValueError, match=r"gram_sum: cols must have as many layers as rows \(4\), got 1"):
+        kernels.gram_sum(layers, cols[:1], part)
+    with pytest.raises(ValueError, match="gram_sum: both sides must count the bias alike"):
+        kernels.gram_sum(layers[:1], [(*cols[0][:2], not cols[0][2])], part)
 
 
 def test_any_split_into_batches_gives_the_same_sums():

@@ -116,6 +116,17 @@ void scale_rows(ConstMatrix B, ConstMatrix S, Matrix out, int64_t group, int64_t
 // One block of values: v[i, j] = sum_ts (P[..] + shift) Q[..]; rows and columns of P are shared by groups.
 constexpr int64_t block_rows = 16, block_cols = 128;
 
+// to[j] = from[(j0 + j) / group] + shift.
+template <class T>
+void spread(const T* from, int64_t j0, int64_t cols, int64_t group, Wide<T> shift, Wide<T>* to) {
+  int64_t c = j0 / group, left = group - j0 % group;
+  for (int64_t j = 0; j < cols; left = group, ++c) {
+    const Wide<T> value = widen(from[c]) + shift;
+    const int64_t stop = j + left < cols ? j + left : cols;
+    for (; j < stop; ++j) to[j] = value;
+  }
+}
+
 template <class T>
 void hadamard_block(const Hadamard& h, int64_t i0, int64_t rows, int64_t j0, int64_t cols, Wide<T>* values) {
   const Wide<T> shift = static_cast<Wide<T>>(h.shift);
@@ -133,7 +144,7 @@ void hadamard_block(const Hadamard& h, int64_t i0, int64_t rows, int64_t j0, int
         if (h.col_group == 1)
           for (int64_t j = 0; j < cols; ++j) p[j] = widen(from[j0 + j]) + shift;
         else
-          for (int64_t j = 0; j < cols; ++j) p[j] = widen(from[(j0 + j) / h.col_group]) + shift;
+          spread(from, j0, cols, h.col_group, shift, p);
       }
       for (int64_t j = 0; j < cols; ++j) v[j] = p[j] * widen(q[j]);
       continue;

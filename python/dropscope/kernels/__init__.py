@@ -8,7 +8,7 @@ Kernels are not differentiable; the operations built on them are.
 from __future__ import annotations
 
 from dropscope.kernels._launch import isa
-from dropscope.kernels.factors import accumulate, center, gram, project, sq_norms
+from dropscope.kernels.factors import accumulate, center, gram, gram_sum, project, sq_norms
 from dropscope.kernels.masks import apply_mask, keep_mask
 from dropscope.kernels.products import faster_products, multiply
 from dropscope.kernels.spectral import orthogonalize, probe, rotate
@@ -22,6 +22,7 @@ __all__ = [
     "center",
     "faster_products",
     "gram",
+    "gram_sum",
     "isa",
     "keep_mask",
     "multiply",

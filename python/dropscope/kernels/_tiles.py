@@ -68,6 +68,14 @@ def hadamard(
     )
 
 
+def add(total: Tensor, out: Tensor, mirror: Tensor | None = None) -> None:
+    """out += total, and mirror += totalᵀ."""
+    if mirror is None:
+        out += total
+    else:
+        hadamard(None, total, out, mirror)
+
+
 def center_rows(X: Tensor, draws: int, scale: float) -> None:
     """X[i·draws + m] ← scale (X[i·draws + m] − mean over m), in place."""
     _core.center(CPU, matrix(X), draws, scale, torch.get_num_threads())
@@ -77,6 +85,7 @@ __all__ = [
     "DTYPES",
     "FACTOR_DTYPES",
     "SUM_DTYPES",
+    "add",
     "center_rows",
     "even_tile",
     "flat_rows",

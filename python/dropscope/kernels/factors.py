@@ -7,6 +7,9 @@ factors round each product of a tile once more to bfloat16 (relative error 2⁻�
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,7 +17,10 @@ from dropscope import reference
 from dropscope.kernels import _tiles as tiles
 from dropscope.kernels._launch import CPU, contiguous_rows, device_of
 
-__all__ = ["accumulate", "center", "gram", "project", "sq_norms"]
+__all__ = ["accumulate", "center", "gram", "gram_sum", "project", "sq_norms"]
+
+# A, B and whether the bias's gradient counts.
+Layer = tuple[Tensor, Tensor, bool]
 
 
 def _check_factors(name: str, A: Tensor, B: Tensor, label: str = "") -> None:
@@ -41,6 +47,16 @@ def _check(name: str, label: str, x: Tensor, shape: tuple[int, ...], like: Tenso
         raise ValueError(f"{name}: {label} must have shape {shape}, got {tuple(x.shape)}")
     if x.device != like.device:
         raise ValueError(f"{name}: {label} must be on the device of the factors ({like.device}), got {x.device}")
+
+
+def _check_pair(name: str, A: Tensor, B: Tensor, A2: Tensor, B2: Tensor, out: Tensor) -> None:
+    _check_factors(name, A, B)
+    _check_factors(name, A2, B2, "2")
+    if A2.dtype != A.dtype:
+        raise TypeError(f"{name}: A2 must have the dtype of A ({A.dtype}), got {A2.dtype}")
+    _check(name, "A2", A2, (*A2.shape[:2], A.shape[2]), A)
+    _check(name, "B2", B2, (*B2.shape[:2], B.shape[2]), A)
+    _check(name, "out", out, (B.shape[0], B2.shape[0]), A)
 
 
 def _compiled(factors: tuple[Tensor, ...], others: tuple[Tensor, ...], sums: Tensor | None) -> bool:
@@ -156,52 +172,98 @@ def gram(A: Tensor, B: Tensor, A2: Tensor, B2: Tensor, out: Tensor, *, bias: boo
         TypeError: an argument is not floating point, or the factors differ in dtype.
         ValueError: shapes or devices disagree.
     """
-    _check_factors("gram", A, B)
-    _check_factors("gram", A2, B2, "2")
-    if A2.dtype != A.dtype:
-        raise TypeError(f"gram: A2 must have the dtype of A ({A.dtype}), got {A2.dtype}")
-    _check("gram", "A2", A2, (*A2.shape[:2], A.shape[2]), A)
-    _check("gram", "B2", B2, (*B2.shape[:2], B.shape[2]), A)
-    _check("gram", "out", out, (B.shape[0], B2.shape[0]), A)
+    _check_pair("gram", A, B, A2, B2, out)
     if out.numel() == 0:
         return
     if not _compiled((A, B, A2, B2), (out,), out):
         reference.gram(A, B, A2, B2, out, bias=bias)
         return
+    _add_gram([(A, B, bias)], [(A2, B2, bias)], out)
+
+
+@torch.no_grad()
+def gram_sum(rows: Sequence[Layer], cols: Sequence[Layer], out: Tensor) -> None:
+    """The sum of :func:`gram` over layers, with all layers of a tile added while it is in cache.
+
+    Args:
+        rows: (A, B, bias) of each layer.
+        cols: (A2, B2, bias) of each layer; the very same tensors as ``rows`` for a symmetric matrix.
+        out: (N, N'), float32 or float64; added to.
+
+    Raises:
+        TypeError: an argument is not floating point, or the factors of a layer differ in dtype.
+        ValueError: shapes, devices or numbers of layers disagree.
+    """
+    if len(rows) != len(cols):
+        raise ValueError(f"gram_sum: cols must have as many layers as rows ({len(rows)}), got {len(cols)}")
+    for (A, B, bias), (A2, B2, bias2) in zip(rows, cols, strict=True):
+        _check_pair("gram_sum", A, B, A2, B2, out)
+        if bias != bias2:
+            raise ValueError(f"gram_sum: both sides must count the bias alike, got {bias} and {bias2}")
+    if out.numel() == 0 or not rows:
+        return
+    factors = [x for layer in (*rows, *cols) for x in layer[:2]]
+    if _compiled(tuple(factors), (out,), out):
+        _add_gram(rows, cols, out)
+        return
+    for (A, B, bias), (A2, B2, _) in zip(rows, cols, strict=True):
+        gram(A, B, A2, B2, out, bias=bias)
+
+
+def _add_gram(rows: Sequence[Layer], cols: Sequence[Layer], out: Tensor) -> None:
+    """Tiles of the Gram matrix, all layers of a tile while it is in cache; checked arguments."""
     if not contiguous_rows(out):
         sums = out.contiguous()
-        gram(A, B, A2, B2, sums, bias=bias)
+        _add_gram(rows, cols, sums)
         out.copy_(sums)
         return
-    symmetric = _same(A, A2) and _same(B, B2)
-    ghost = _ghost_is_cheaper(A, B, A2, B2)
-    groups = (_group(A, B), _group(A2, B2))
-    steps = (B.shape[1], B2.shape[1]) if ghost else (1, 1)
-    sizes = [tiles.even_tile(x.shape[0], max(1, 512 // t), g) for x, t, g in zip((B, B2), steps, groups, strict=True)]
-    for i in range(0, B.shape[0], sizes[0]):
-        rows = _Operand(A, B, i, sizes[0], ghost, bias)
-        for j in range(0, i + 1 if symmetric else B2.shape[0], sizes[1]):
-            cols = rows if symmetric and i == j else _Operand(A2, B2, j, sizes[1], ghost, bias)
-            tile = out[i : i + rows.size, j : j + cols.size]
-            mirror = out[j : j + cols.size, i : i + rows.size] if symmetric else None
-            if ghost:
-                P, Q = tiles.multiply(rows.a, cols.a.T), tiles.multiply(rows.b, cols.b.T)
-                tiles.hadamard(P, Q, tile, mirror, groups=groups, steps=steps, shift=float(bias))
-            else:
-                tiles.hadamard(None, tiles.multiply(rows.b, cols.b.T), tile, mirror)
+    symmetric = all(_same(x[0], y[0]) and _same(x[1], y[1]) for x, y in zip(rows, cols, strict=True))
+    routes = [_ghost_is_cheaper(*x[:2], *y[:2]) for x, y in zip(rows, cols, strict=True)]
+    sizes = [_tile_size(side, routes) for side in (rows, cols)]
+    for i in range(0, out.shape[0], sizes[0]):
+        left = [_Operand(*x, i, sizes[0], ghost) for x, ghost in zip(rows, routes, strict=True)]
+        for j in range(0, i + 1 if symmetric else out.shape[1], sizes[1]):
+            right = left
+            if not symmetric or i != j:
+                right = [_Operand(*x, j, sizes[1], ghost) for x, ghost in zip(cols, routes, strict=True)]
+            tile = out[i : i + sizes[0], j : j + sizes[1]]
+            mirror = out[j : j + sizes[1], i : i + sizes[0]] if symmetric else None
+            if len(rows) == 1:
+                left[0].add_product(right[0], tile, mirror)
+                continue
+            total = torch.zeros_like(tile, memory_format=torch.contiguous_format)
+            for x, y in zip(left, right, strict=True):
+                x.add_product(y, total)
+            tiles.add(total, tile, mirror)
+
+
+def _tile_size(side: Sequence[Layer], routes: Sequence[bool]) -> int:
+    """Samples of a tile: 512 rows of the longest ghost product, and whole groups of every layer."""
+    steps = max((layer[1].shape[1] for layer, ghost in zip(side, routes, strict=True) if ghost), default=1)
+    whole = math.lcm(*(_group(*layer[:2]) for layer in side))
+    return tiles.even_tile(side[0][1].shape[0], max(1, 512 // steps), whole)
 
 
 class _Operand:
-    """Samples start .. start+size−1 of one side of a Gram matrix: flat factors, or materialised gradients in b."""
+    """A tile of samples of one layer: flat factors, or materialised gradients in b."""
 
-    def __init__(self, A: Tensor, B: Tensor, start: int, size: int, ghost: bool, bias: bool) -> None:
-        group = _group(A, B)
-        a, b = A[start // group : (start + size) // group], B[start : start + size]
-        self.size = b.shape[0]
+    def __init__(self, A: Tensor, B: Tensor, bias: bool, start: int, size: int, ghost: bool) -> None:
+        self.group, self.steps, self.bias, self.ghost = _group(A, B), B.shape[1], bias, ghost
+        a, b = A[start // self.group : (start + size) // self.group], B[start : start + size]
         if ghost:
             self.a, self.b = tiles.flat_rows(a), tiles.flat_rows(b)
         else:
-            self.b = _materialise(a.repeat_interleave(group, 0), b, bias)
+            self.b = _materialise(a.repeat_interleave(self.group, 0), b, bias)
+
+    def add_product(self, other: _Operand, out: Tensor, mirror: Tensor | None = None) -> None:
+        """Add the Gram tile of the two to out, and its transpose to mirror."""
+        Q = tiles.multiply(self.b, other.b.T)
+        if not self.ghost:
+            tiles.hadamard(None, Q, out, mirror)
+            return
+        P = tiles.multiply(self.a, other.a.T)
+        groups, steps = (self.group, other.group), (self.steps, other.steps)
+        tiles.hadamard(P, Q, out, mirror, groups=groups, steps=steps, shift=float(self.bias))
 
 
 def _materialise(A: Tensor, B: Tensor, bias: bool) -> Tensor:

@@ -1,0 +1,254 @@
+"""Leading eigenpairs of the dropout noise through the Gram matrix of its rows.
+
+With G the rows g_im and C the projection that subtracts each sample's mean over its M draws, the covariance is
+Σ̂ = c GᵀCG, c = n⁻²/(M-1). Its nonzero eigenvalues are those of c·CGGᵀC, and v = GᵀCu/√λ. The Gram matrix costs
+(nM)²·Σ(d_in + d_out) flops once, a product with Σ̂ 4·nM·P: so this route wins while nM is below some 10⁴, and the
+eigenvectors, one weighted sum each, then cost about as much as the Gram matrix itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dropscope import kernels
+from dropscope.factors.blocks import Block, FactorBlock
+from dropscope.kernels.products import multiply
+
+Precision = Literal["full", "bf16"]
+# Columns of a block: enough to fill the vector units, few enough that a product costs one read of the matrix.
+_BLOCK = 16
+
+
+class GramEigenpairs(NamedTuple):
+    """Leading eigenpairs of Σ̂.
+
+    values: float64 (k,), falling. vectors: (dim, k), orthonormal. residuals: float64 (k,), ‖Σ̂v - λv‖.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    residuals: Tensor
+
+
+@torch.no_grad()
+def leading_eigenpairs(
+    chunks: Sequence[Sequence[Block]],
+    draws: int,
+    k: int,
+    dim: int,
+    *,
+    precision: Precision = "full",
+    tol: float = 1e-4,
+    seed: int = 0,
+) -> GramEigenpairs:
+    """The k largest eigenvalues of Σ̂ = n⁻² Σ_i (M-1)⁻¹ Σ_m (g_im - ḡ_i)(g_im - ḡ_i)ᵀ and their eigenvectors.
+
+    The Gram matrix is formed once, its eigenvectors come from block Lanczos, and two weighted sums of the gradients
+    give the vectors and the product that their residuals are checked with.
+
+    Args:
+        chunks: the blocks of the rows of some samples each, in the order of the samples; every block must have a
+            Gram matrix.
+        draws: M ≥ 2; the M rows of a sample follow each other.
+        k: number of pairs, at most n(M-1) and dim.
+        dim: number of parameters.
+        precision: ``"bf16"`` rounds the factors of linear maps to bfloat16: twice as fast where the CPU multiplies
+            bfloat16 natively; Σ̂ is then perturbed by some 10⁻³ of its norm, which the residuals show.
+        tol: the iteration stops at residuals of tol times the largest eigenvalue.
+        seed: seed of the first block.
+
+    Returns:
+        The pairs. A residual is the larger of the one in the Gram matrix and the root mean square over the pairs that
+        a true product with a random combination of them shows.
+
+    Raises:
+        ValueError: if k is out of range, or ``precision`` is unknown.
+    """
+    rows = sum(chunk[0].rows for chunk in chunks)
+    rank = rows - rows // draws
+    if not 1 <= k <= min(rank, dim):
+        raise ValueError(f"leading_eigenpairs: k must be in 1..{min(rank, dim)}, got {k}")
+    if precision not in ("full", "bf16"):
+        raise ValueError(f"leading_eigenpairs: precision must be 'full' or 'bf16', got {precision!r}")
+    rounded = _joined([[_rounded(b) for b in chunk] for chunk in chunks] if precision == "bf16" else chunks)
+    scale = 1.0 / ((rows // draws) ** 2 * (draws - 1))
+    K = gram_of(rounded, _dtype(chunks))
+    values, U = _block_lanczos(K, draws, k, tol, seed)
+    residuals = _gram_residuals(K, draws, values, U) * scale
+    del K
+    Vt = U.new_zeros(k, dim)
+    _accumulate(rounded, U, Vt)
+    Vt = _orthonormal_rows(Vt, values, seed)
+    values *= scale
+    signs = torch.where(torch.rand(k, generator=torch.Generator().manual_seed(seed)) < 0.5, -1.0, 1.0)
+    mix = signs.to(values).unsqueeze(0)
+    true = _product(chunks, draws, multiply(mix.to(Vt.dtype), Vt)).mul_(scale)
+    found = float(true.sub_(multiply((mix * values).to(Vt.dtype), Vt)).norm()) / k**0.5
+    return GramEigenpairs(values, Vt.T, residuals.clamp(min=found))
+
+
+def gram_of(chunks: Sequence[Sequence[Block]], dtype: torch.dtype) -> Tensor:
+    """⟨g_r, g_q⟩ of all rows, (N, N)."""
+    ends = list(itertools.accumulate(chunk[0].rows for chunk in chunks))
+    at = [slice(end - chunk[0].rows, end) for chunk, end in zip(chunks, ends, strict=True)]
+    device = next(iter(chunks[0][0].tensors().values())).device
+    out = torch.zeros(ends[-1], ends[-1], dtype=dtype, device=device)
+    for i, j in itertools.combinations_with_replacement(range(len(chunks)), 2):
+        tile = out[at[j], at[i]]
+        kernels.gram_sum(_layers(chunks[j]), _layers(chunks[i]), tile)
+        for mine, other in zip(chunks[j], chunks[i], strict=True):
+            if not isinstance(mine, FactorBlock):
+                mine.add_gram(other, tile)
+        if i != j:
+            out[at[i], at[j]] = tile.T
+    return out
+
+
+def _layers(chunk: Sequence[Block]) -> list[tuple[Tensor, Tensor, bool]]:
+    return [(b.A, b.B, b.bias is not None) for b in chunk if isinstance(b, FactorBlock)]
+
+
+def _dtype(chunks: Sequence[Sequence[Block]]) -> torch.dtype:
+    """Of sums."""
+    return torch.promote_types(next(iter(chunks[0][0].tensors().values())).dtype, torch.float32)
+
+
+def _joined(chunks: Sequence[Sequence[Block]]) -> Sequence[Sequence[Block]]:
+    """One chunk in place of many small ones, whose products would be small; only where their shapes agree."""
+    if len(chunks) == 1 or min(chunk[0].rows for chunk in chunks) >= 1024:
+        return chunks
+    shapes = {tuple((len(t) / b.rows, t.shape[1:]) for b in chunk for t in b.tensors().values()) for chunk in chunks}
+    if len(shapes) > 1:
+        return chunks
+    columns = zip(*chunks, strict=True)
+    return [[c[0].replace({n: torch.cat([b.tensors()[n] for b in c]) for n in c[0].tensors()}) for c in columns]]
+
+
+def _rounded(block: Block) -> Block:
+    if not isinstance(block, FactorBlock):
+        return block
+    return FactorBlock(block.A.bfloat16(), block.B.bfloat16(), block.weight, block.bias)
+
+
+def _accumulate(chunks: Sequence[Sequence[Block]], S: Tensor, out: Tensor) -> None:
+    start = 0
+    for chunk in chunks:
+        rows = S[start : start + chunk[0].rows].contiguous()
+        for block in chunk:
+            block.accumulate(rows, out)
+        start += chunk[0].rows
+
+
+def _product(chunks: Sequence[Sequence[Block]], draws: int, Vt: Tensor) -> Tensor:
+    """(GᵀCG V)ᵀ."""
+    out = torch.zeros_like(Vt)
+    for chunk in chunks:
+        S = Vt.new_zeros(chunk[0].rows, len(Vt))
+        for block in chunk:
+            block.project(Vt, S)
+        kernels.center(S, draws)
+        for block in chunk:
+            block.accumulate(S, out)
+    return out
+
+
+def _block_lanczos(K: Tensor, draws: int, k: int, tol: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Leading k eigenvalues, float64, and eigenvectors (N, k) of CKC, by block Lanczos with full orthogonalisation.
+
+    The basis is small beside K, so it is kept orthogonal twice over and never restarted; it ends at the latest when
+    it spans all contrasts of the draws. A block that adds nothing is replaced by a random one.
+    """
+    N, generator = K.shape[0], torch.Generator().manual_seed(seed)
+    rank = N - N // draws
+    basis, T, X = K.new_zeros(0, N), K.new_zeros(0, 0, dtype=torch.float64), K.new_zeros(N, 0)
+    while True:
+        if X.shape[1] == 0:
+            X = torch.randn(N, max(_BLOCK, k + 6), generator=generator, dtype=K.dtype).to(K.device)
+            X = _next_block(basis, kernels.center(X, draws), draws)
+        X = X[:, : rank - len(basis)]
+        basis, width = torch.cat((basis, X.T)), X.shape[1]
+        Y = kernels.center(multiply(K, X), draws)
+        coefficients = multiply(basis, Y)
+        T = _bordered(T, coefficients.double())
+        Y = Y - multiply(basis.T, coefficients)
+        X = _next_block(basis, Y, draws, float(T.diagonal().abs().max()))
+        if len(T) < min(rank, max(k + 1, 4 * _BLOCK)) and X.shape[1]:
+            continue
+        values, S = torch.linalg.eigh(T)
+        values, S = values[-k:].flip(0), S[:, -k:].flip(1)
+        residuals = ((X.double().T @ Y.double()) @ S[-width:]).norm(dim=0)
+        if len(T) == rank or (len(T) >= k and float(residuals.max()) <= tol * float(values[0])):
+            return values, multiply(basis.T, S.to(K.dtype))
+
+
+def _next_block(basis: Tensor, Y: Tensor, draws: int, scale: float = 0.0) -> Tensor:
+    """Orthonormal contrasts that span Y and are orthogonal to the basis, to rounding however small Y is."""
+    X = _orthonormal(Y, scale)
+    if X.shape[1] == 0:
+        return X
+    return _orthonormal(kernels.center(X - multiply(basis.T, multiply(basis, X)), draws))
+
+
+def _bordered(T: Tensor, column: Tensor) -> Tensor:
+    """T with a block column and its mirror image appended."""
+    old, new = len(T), len(column) - len(T)
+    out = column.new_zeros(old + new, old + new)
+    out[:old, :old] = T
+    out[:, old:] = column
+    out[old:, :old] = column[:old].T
+    out[old:, old:] = (column[old:] + column[old:].T) / 2
+    return out
+
+
+def _orthonormal(Y: Tensor, scale: float = 0.0) -> Tensor:
+    """An orthonormal basis (N, r) of the columns of Y; directions below rounding of ``scale`` are dropped.
+
+    The inner products show directions down to 10⁻⁶ of the largest, so smaller ones are sought in what is left.
+    """
+    wide, parts = Y.double(), [Y.new_zeros(len(Y), 0, dtype=torch.float64)]
+    floor = (100.0 * torch.finfo(Y.dtype).eps) ** 2 * max(scale**2, float(wide.square().sum(0).max()))
+    while True:
+        squares, W = torch.linalg.eigh(wide.T @ wide)
+        keep = squares > max(floor, 1e-12 * float(squares[-1]))
+        if not keep.any():
+            break
+        parts.append(wide @ (W[:, keep] / squares[keep].sqrt()))
+        wide = wide - parts[-1] @ (parts[-1].T @ wide)
+    X = torch.cat(parts, 1)
+    squares, W = torch.linalg.eigh(X.T @ X)
+    inverse_root: Tensor = W * squares.rsqrt()
+    return multiply(X, inverse_root).to(Y.dtype)
+
+
+def _gram_residuals(K: Tensor, draws: int, values: Tensor, U: Tensor) -> Tensor:
+    """‖GᵀCGv - λv‖ for v = GᵀCu/√λ: the norm of GᵀCr/√λ, r = CKCu - λu. Pairs of no variance have none."""
+    r = (kernels.center(multiply(K, U), draws).double() - U.double() * values).to(K.dtype)
+    squares = (r.double() * kernels.center(multiply(K, r), draws).double()).sum(0).clamp(min=0.0)
+    empty = _empty(values, K.dtype)
+    return torch.where(empty, 0.0, squares / torch.where(empty, 1.0, values)).sqrt()
+
+
+def _empty(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Which eigenvalues are zero to rounding."""
+    return values <= 1e2 * torch.finfo(dtype).eps * values[0]
+
+
+def _orthonormal_rows(Vt: Tensor, values: Tensor, seed: int) -> Tensor:
+    """Rows made orthonormal, each changed as little as rounding asks; those of no variance become random."""
+    empty = _empty(values, Vt.dtype)
+    if empty.any():
+        Vt[empty] = torch.randn(int(empty.sum()), Vt.shape[1], generator=torch.Generator().manual_seed(seed)).to(Vt)
+        return torch.linalg.qr(Vt.T)[0].T
+    G = Vt.new_zeros(len(Vt), len(Vt), dtype=torch.float64)
+    for start in range(0, Vt.shape[1], 1 << 13):
+        part = Vt[:, start : start + (1 << 13)]
+        G += multiply(part, part.T).double()
+    d = G.diagonal().rsqrt()
+    squares, W = torch.linalg.eigh(d[:, None] * G * d)
+    inverse_root: Tensor = (W * squares.rsqrt()) @ W.T * d
+    return multiply(inverse_root.to(Vt.dtype), Vt)

@@ -1,0 +1,145 @@
+"""Leading eigenpairs of the dropout noise through the Gram matrix, against the dense covariance."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dropscope.factors.blocks import DenseBlock, FactorBlock
+from dropscope.factors.eigen import leading_eigenpairs
+from dropscope.reference import per_sample_gradients
+
+LAYERS = ((6, 5), (5, 4), (4, 3))
+
+
+def table(samples, draws, dtype, *, chunk=None, steps=1, dense=True, decay=0.0, seed=0):
+    """Blocks of a small network, in chunks; the first layer's input is shared by the draws."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+
+    chunk = chunk or samples
+    chunks = []
+    for start in range(0, samples, chunk):
+        n, at, blocks = min(chunk, samples - start), 0, []
+        for layer, (d_in, d_out) in enumerate(LAYERS):
+            rows = n * draws
+            A = normal(rows if layer else n, steps, d_in)
+            B = normal(rows, steps, d_out) * torch.exp(-decay * torch.arange(d_out)).to(dtype)
+            weight = slice(at, at + d_in * d_out)
+            at = weight.stop
+            bias = slice(at, at + d_out) if layer != 1 else None
+            at += d_out if bias else 0
+            blocks.append(FactorBlock(A, B, weight, bias))
+        if dense:
+            blocks.append(DenseBlock(normal(n * draws, 7), slice(at, at + 7)))
+            at += 7
+        chunks.append(blocks)
+    return chunks, at
+
+
+def covariance(chunks, dim, draws):
+    """The definition, in float64."""
+    rows = []
+    for chunk in chunks:
+        G = torch.zeros(chunk[0].rows, dim, dtype=torch.float64)
+        for b in chunk:
+            if isinstance(b, DenseBlock):
+                G[:, b.columns[0]] = b.G.double()
+                continue
+            G[:, b.weight] = per_sample_gradients(b.A, b.B, torch.float64).flatten(1)
+            if b.bias is not None:
+                G[:, b.bias] = b.B.double().sum(1)
+        rows.append(G)
+    G = torch.cat(rows).view(-1, draws, dim)
+    G = (G - G.mean(1, keepdim=True)).view(-1, dim)
+    return G.T @ G / ((len(G) // draws) ** 2 * (draws - 1))
+
+
+CASES = {
+    "plain": {"samples": 60, "draws": 4},
+    "chunks": {"samples": 61, "draws": 3, "chunk": 20},
+    "sequence": {"samples": 40, "draws": 2, "steps": 3},
+    "more_parameters_than_rows": {"samples": 10, "draws": 3},
+    "large_chunks": {"samples": 1100, "draws": 2, "chunk": 600, "dense": False},
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_pairs_are_those_of_the_covariance(case, dtype):
+    chunks, dim = table(dtype=dtype, **case)
+    k, draws = 5, case["draws"]
+    pairs = leading_eigenpairs(chunks, draws, k, dim, tol=1e-7)
+    dense = covariance(chunks, dim, draws)
+    expected = torch.linalg.eigvalsh(dense).flip(0)[:k]
+    tolerance = 1e-8 if dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(pairs.values, expected, rtol=tolerance, atol=0)
+    V = pairs.vectors.double()
+    assert pairs.vectors.dtype == dtype
+    torch.testing.assert_close(V.T @ V, torch.eye(k, dtype=torch.float64), rtol=0, atol=tolerance)
+    residuals = (dense @ V - V * pairs.values).norm(dim=0)
+    rounding = torch.finfo(dtype).eps * 100 * float(expected[0])
+    assert float(residuals.square().mean().sqrt()) <= 2 * float(pairs.residuals.square().mean().sqrt()) + rounding
+    assert float(residuals.max()) < tolerance * float(expected[0])
+
+
+def test_all_pairs():
+    """k up to the rank: the iteration spans all contrasts."""
+    chunks, dim = table(5, 3, torch.float64)
+    pairs = leading_eigenpairs(chunks, 3, 10, dim)
+    expected = torch.linalg.eigvalsh(covariance(chunks, dim, 3)).flip(0)[:10]
+    torch.testing.assert_close(pairs.values, expected)
+    assert float(pairs.residuals.max()) < 1e-12
+
+
+def test_bf16_shows_its_rounding_in_the_residuals():
+    chunks, dim = table(100, 4, torch.float32, decay=1.0)
+    full = leading_eigenpairs(chunks, 4, 3, dim)
+    rounded = leading_eigenpairs(chunks, 4, 3, dim, precision="bf16")
+    torch.testing.assert_close(rounded.values, full.values, rtol=1e-2, atol=0)
+    assert not torch.equal(rounded.values, full.values)
+    dense = covariance(chunks, dim, 4)
+    V = rounded.vectors.double()
+    true = (dense @ V - V * rounded.values).norm(dim=0)
+    ratio = float(true.square().mean().sqrt() / rounded.residuals.square().mean().sqrt())
+    assert 0.3 < ratio < 3.0
+    assert 1e-5 < float(rounded.residuals.max() / full.values[0]) < 2e-2
+    torch.testing.assert_close(V.T @ V, torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-5)
+
+
+def test_no_noise_and_low_rank():
+    chunks, dim = table(30, 2, torch.float64, dense=False)
+    for block in chunks[0]:  # draws alike, but for one sample
+        for x in (block.A, block.B):
+            if len(x) == 60:
+                x[1:59:2] = x[0:58:2]
+    pairs = leading_eigenpairs(chunks, 2, 3, dim)
+    assert float(pairs.values[0]) > 0
+    assert float(pairs.values[1:].abs().max()) < 1e-14 * float(pairs.values[0])
+    torch.testing.assert_close(pairs.vectors.T @ pairs.vectors, torch.eye(3, dtype=torch.float64))
+    assert float(pairs.residuals.max()) < 1e-12 * float(pairs.values[0])
+    for block in chunks[0]:
+        for x in (block.A, block.B):
+            x.zero_()
+    pairs = leading_eigenpairs(chunks, 2, 3, dim)
+    assert not pairs.values.any()
+    assert not pairs.residuals.any()
+    torch.testing.assert_close(pairs.vectors.T @ pairs.vectors, torch.eye(3, dtype=torch.float64))
+
+
+def test_same_bits_again():
+    chunks, dim = table(60, 4, torch.float32)
+    first, second = (leading_eigenpairs(chunks, 4, 3, dim) for _ in range(2))
+    assert torch.equal(first.vectors, second.vectors)
+    assert torch.equal(first.values, second.values)
+
+
+def test_bad_input():
+    chunks, dim = table(4, 2, torch.float64)
+    for k in (0, 5, dim + 1):
+        with pytest.raises(ValueError, match=rf"leading_eigenpairs: k must be in 1..4, got {k}"):
+            leading_eigenpairs(chunks, 2, k, dim)
+    with pytest.raises(ValueError, match="precision must be 'full' or 'bf16', got 'half'"):
+        leading_eigenpairs(chunks, 2, 1, dim, precision="half")
