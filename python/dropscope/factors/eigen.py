@@ -243,7 +243,8 @@ def _orthonormal_rows(Vt: Tensor, values: Tensor, seed: int) -> Tensor:
     empty = _empty(values, Vt.dtype)
     if empty.any():
         Vt[empty] = torch.randn(int(empty.sum()), Vt.shape[1], generator=torch.Generator().manual_seed(seed)).to(Vt)
-        return torch.linalg.qr(Vt.T)[0].T
+        basis: Tensor = torch.linalg.qr(Vt.T)[0]
+        return basis.T
     G = Vt.new_zeros(len(Vt), len(Vt), dtype=torch.float64)
     for start in range(0, Vt.shape[1], 1 << 13):
         part = Vt[:, start : start + (1 << 13)]
