@@ -167,6 +167,18 @@ class Problem:
         handlers: Mapping[Callable[..., Any], Handler] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """:meth:`sample_losses` without the probes, which are made of it."""
+        return self.losses_of(*self.raw_outputs(batch, masks, draws, sharing=sharing, handlers=handlers))
+
+    def raw_outputs(
+        self,
+        batch: Batch,
+        masks: MaskKey | None = None,
+        draws: int = 1,
+        *,
+        sharing: Sharing = "sample",
+        handlers: Mapping[Callable[..., Any], Handler] | None = None,
+    ) -> tuple[Any, Any, int]:
+        """Return the model's output, what the loss compares it with, and the number of rows."""
         if draws != 1 and masks is None:
             raise ValueError(f"sample_losses: draws must be 1 when masks is None, got {draws}")
         rows = batch.repeat(draws)
@@ -174,21 +186,22 @@ class Problem:
             stack.enter_context(mode(self.model, train=masks is not None))
             if masks is not None:
                 draw = torch.arange(masks.draw, masks.draw + draws, device=self.device).repeat(batch.size)
-                streams = make_streams(draw, rows.samples)
-                stack.enter_context(
-                    replay_streams(
-                        masks.seed,
-                        streams,
-                        model=self.model,
-                        sharing=sharing,
-                        batch_dim=self.batch_dim,
-                        handlers=handlers,
-                    )
+                replay = replay_streams(
+                    masks.seed,
+                    make_streams(draw, rows.samples),
+                    model=self.model,
+                    sharing=sharing,
+                    batch_dim=self.batch_dim,
+                    handlers=handlers,
                 )
+                stack.enter_context(replay)
             elif handlers:
                 stack.enter_context(Interceptor(handlers, self.model))
-            output, target = self._call(rows.content)
-        values, weights = self.loss(output, target, rows.size)
+            return *self._call(rows.content), rows.size
+
+    def losses_of(self, output: Any, target: Any, rows: int) -> tuple[Tensor, Tensor]:
+        """Return values and weights of outputs, as :meth:`sample_losses` does."""
+        values, weights = self.loss(output, target, rows)
         if self.loss.reduction == "sum":
             weights = weights / (self.data.n or 1)
         return values, weights
