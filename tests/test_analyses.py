@@ -142,15 +142,19 @@ def test_null_is_the_mean_cosine_over_random_eigenvectors() -> None:
     assert abs(float(np.mean(cosines)) - got.null.value) < 4 * error
 
 
-def test_isotropic_noise_has_ratio_one_and_mask_errors_enter() -> None:
+def test_isotropic_noise_has_ratio_one_and_shared_mask_errors_cancel() -> None:
     H, Q = rotated(torch.linspace(0.5, 4.0, 16, dtype=F64), 4)
     identity = dense(0.3 * torch.eye(16, dtype=F64))
     got = measure_alignment(dense(H), identity, Q[:, :5], probes=4)
     assert got.ratio.value == pytest.approx(1.0, rel=1e-10)
     assert got.ratio.stderr < 1e-8
-    wider = measure_alignment(dense(H), identity, Q[:, :5], probes=4, masks=MaskError(0.1, product=0.1))
+    wider = measure_alignment(dense(H), identity, Q[:, :5], probes=4, masks=MaskError(0.01 * np.ones((3, 3)), dof=3))
     assert wider.trace_product.stderr >= 0.1 * abs(wider.trace_product.value)
-    assert wider.ratio.stderr > got.ratio.stderr
+    assert wider.trace_product.dof == 3
+    assert wider.ratio.stderr < 1e-8  # an error that all share leaves ratios alone
+    unknown = measure_alignment(dense(H), identity, Q[:, :5], probes=4, masks=MaskError(np.full((3, 3), np.nan)))
+    assert unknown.ratio.status == "no_error"
+    assert unknown.trace_h.status == "ok"
 
 
 # --- Hessian and variance ----------------------------------------------------------------------------------------

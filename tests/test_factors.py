@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, sample_gradients
 from torch import nn
 
+from cases import CASES, sample_gradients
 from dropscope.factors import Table
 from dropscope.factors.blocks import DenseBlock, FactorBlock
 from dropscope.problem import Problem

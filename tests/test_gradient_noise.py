@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from cases import CASES, sample_gradients
 from torch import nn
 
 import dropscope as ds
+from cases import CASES, sample_gradients
 from dropscope.problem import Problem
 from dropscope.spectral import eigsh
 

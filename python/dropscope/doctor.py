@@ -99,10 +99,15 @@ def _openmp() -> Check:
     runtimes = openmp_runtimes()
     if runtimes is None:
         return Check("OpenMP", "ok", "on; the runtimes of this process cannot be listed here")
-    if len(runtimes) > 1:
+    shared = [path for path in runtimes if "/torch/" in path and ".libs/" not in path]
+    others = [path for path in runtimes if path not in shared]
+    if len(runtimes) > 1 and not shared:
         remedy = "two runtimes can hang or oversubscribe: import torch first, and install torch >= 2.8"
-        return Check("OpenMP", "failed", f"{len(runtimes)} runtimes: {', '.join(runtimes)}", remedy)
-    where = "torch's own" if runtimes and "/torch/" in runtimes[0] else "shared with torch"
+        return Check("OpenMP", "failed", f"{len(runtimes)} runtimes, none torch's own: {', '.join(runtimes)}", remedy)
+    if others and shared:
+        detail = f"shared with torch ({shared[0]}); another package loaded one more: {', '.join(others)}"
+        return Check("OpenMP", "warning", detail, "import torch before that package")
+    where = "torch's own" if shared else "shared with torch"
     return Check("OpenMP", "ok", f"one runtime, {where}: {runtimes[0] if runtimes else 'linked statically'}")
 
 

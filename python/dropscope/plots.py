@@ -7,170 +7,42 @@ Every function takes a result (many also take several, as a mapping from label t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import wraps
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, cast
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
+import torch
+from scipy import stats
 
-try:
-    import matplotlib
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter
-except ImportError as error:  # pragma: no cover - an optional dependency
-    raise ImportError("dropscope.plots needs matplotlib: pip install 'dropscope[plots]'") from error
+from dropscope.plot_style import (
+    BLUE,
+    FAINT,
+    VERMILION,
+    Figure,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    Vector,
+    exponent,
+    hollow_note,
+    law_line,
+    legend,
+    log_axis,
+    scatter,
+    series,
+    shades,
+    single,
+    styled,
+)
 
 if TYPE_CHECKING:
     from dropscope.analyses import HessianVariance, IntervalFlatness, VarianceFlatness
-    from dropscope.analyses.power_law import PowerLaw
     from dropscope.estimate import Estimate
-    from dropscope.spectral import Eigenpairs
-
-Vector = npt.NDArray[np.float64]
-P = ParamSpec("P")
-R = TypeVar("R")
-
-# Okabe and Ito's palette, told apart by all common forms of colour blindness.
-BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"
-INK, FAINT = "#1a1a1a", "#8a8f98"
-
-STYLE: dict[str, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9.0,
-    "mathtext.fontset": "cm",
-    "axes.labelsize": 9.5,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#4a4f57",
-    "axes.linewidth": 0.8,
-    "axes.labelcolor": INK,
-    "xtick.color": "#4a4f57",
-    "ytick.color": "#4a4f57",
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "legend.fontsize": 8.0,
-    "legend.frameon": False,
-    "lines.linewidth": 1.4,
-    "figure.dpi": 150,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "dropscope",
-}
+    from dropscope.spectral import Eigenpairs, SpectralDensity
 
 
-def _styled(function: Callable[P, R]) -> Callable[P, R]:
-    """Run with the style of this module, leaving matplotlib's settings as they were."""
-
-    @wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with style():
-            return function(*args, **kwargs)
-
-    return run
-
-
-@contextmanager
-def style() -> Iterator[None]:
-    """Matplotlib settings of every figure here; open it also around ``figure.savefig``."""
-    with matplotlib.rc_context(cast("Any", STYLE)):
-        yield
-
-
-def shades(count: int) -> list[Any]:
-    """Colours for a sequence, dark to light, of even lightness steps."""
-    ramp = matplotlib.colormaps["viridis"]
-    return [ramp(x) for x in np.linspace(0.0, 0.86, count)] if count > 1 else [matplotlib.colors.to_rgba(BLUE)]
-
-
-def series(results: Any) -> dict[str, Any]:
-    """One result, or a mapping of them, as a mapping."""
-    return dict(results) if isinstance(results, Mapping) else {"": results}
-
-
-def single(width: float = 5.2, height: float = 3.6) -> tuple[Figure, Axes]:
-    """A figure with one pair of axes."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot()
-
-
-def log_axis(axes: Axes, which: Literal["x", "y"]) -> None:
-    """Log scale with a light grid at decades; at least a decade is shown."""
-    getattr(axes, f"set_{which}scale")("log")
-    axis = getattr(axes, f"{which}axis")
-    axis.set_major_locator(LogLocator(numticks=9))
-    axis.set_minor_formatter(NullFormatter())
-    low, high = getattr(axes, f"get_{which}lim")()
-    if 0.0 < low < high < 10.0 * low:
-        middle = math.sqrt(low * high)
-        getattr(axes, f"set_{which}lim")(middle / math.sqrt(10.0), middle * math.sqrt(10.0))
-    axes.grid(True, which="major", axis=which, color="#e3e6ea", linewidth=0.6, zorder=0)
-    axes.set_axisbelow(True)
-
-
-def _bars(estimates: Sequence[Estimate]) -> tuple[Vector, Vector]:
-    """Values and distances to the ends of the 95 % intervals, (2, k), for ``errorbar``; zero where unknown."""
-    values = np.array([e.value for e in estimates])
-    ends = np.array([e.interval(0.95) for e in estimates], float).reshape(-1, 2)
-    reach = np.vstack([values - ends[:, 0], ends[:, 1] - values])
-    return values, np.nan_to_num(np.maximum(reach, 0.0), posinf=0.0)
-
-
-def _scatter(axes: Axes, x: Vector, estimates: Sequence[Estimate], color: Any, label: str, marker: str = "o") -> None:
-    """Points with 95 % bars; hollow where the interval is not to be trusted."""
-    values, reach = _bars(estimates)
-    trusted = np.array([e.status == "ok" for e in estimates], bool)
-    axes.errorbar(x, values, yerr=reach, fmt="none", ecolor=color, elinewidth=0.9, alpha=0.55, zorder=2)
-    common: dict[str, Any] = {
-        "linestyle": "none",
-        "marker": marker,
-        "markersize": 4.6,
-        "markeredgewidth": 1.0,
-        "zorder": 3,
-    }
-    axes.plot(x[trusted], values[trusted], markerfacecolor=color, markeredgecolor="white", **common)
-    axes.plot(x[~trusted], values[~trusted], markerfacecolor="white", markeredgecolor=color, **common)
-    shown_hollow = not trusted.any()
-    axes.plot(
-        [],
-        [],
-        linestyle="none",
-        marker=marker,
-        markersize=4.6,
-        markerfacecolor="white" if shown_hollow else color,
-        markeredgecolor=color,
-        label=label,
-    )
-
-
-def _law(axes: Axes, law: PowerLaw, x: Vector, color: Any) -> None:
-    """The fitted line over the points that entered the fit."""
-    x = x[np.isfinite(x) & (x > 0)]
-    if law.points >= 3 and math.isfinite(law.slope.value):
-        ends = np.geomspace(x.min() / 1.15, x.max() * 1.15, 2)
-        axes.plot(ends, law(ends), color=color, linewidth=1.2, alpha=0.9, zorder=1.5)
-
-
-def _exponent(law: PowerLaw) -> str:
-    if not math.isfinite(law.slope.value):
-        return "no fit"
-    return rf"$s={law.slope.value:.2f}\pm{law.slope.stderr:.2f}$, $r={law.r:.2f}$"
-
-
-def _hollow_note(axes: Axes, estimates: Sequence[Estimate]) -> None:
-    if any(e.status == "heavy_tailed" for e in estimates):
-        axes.plot(
-            [], [], "o", markersize=4.6, markerfacecolor="white", markeredgecolor=FAINT, label="hollow: heavy-tailed"
-        )
-
-
-@_styled
+@styled
 def hessian_variance(results: HessianVariance | Mapping[str, HessianVariance]) -> Figure:
     """Noise variance along Hessian eigenvectors against their eigenvalues, log–log, with the fitted power law.
 
@@ -183,23 +55,23 @@ def hessian_variance(results: HessianVariance | Mapping[str, HessianVariance]) -
         x = result.eigenvalues.numpy()
         positive = x > 0
         kept = [e for e, use in zip(result.variances, positive, strict=True) if use]
-        _law(axes, result.law, x, color)
-        text = _exponent(result.law)
-        _scatter(axes, x[positive], kept, color, f"{label}:  {text}" if label else text)
+        law_line(axes, result.law, x, color)
+        text = exponent(result.law, len(shown) == 1)
+        scatter(axes, x[positive], kept, color, f"{label}:  {text}" if label else text)
     log_axis(axes, "x")
     log_axis(axes, "y")
     if len(shown) == 1:
         result = next(iter(shown.values()))
         level = result.alignment.trace_noise.value / result.dim
         axes.axhline(level, color=FAINT, linewidth=1.0, linestyle=(0, (4, 3)), label="isotropic noise of equal trace")
-    _hollow_note(axes, [e for result in shown.values() for e in result.variances])
+    hollow_note(axes, [e for result in shown.values() for e in result.variances])
     axes.set_xlabel(r"curvature: Hessian eigenvalue $\lambda_j$  [loss/$\theta^2$]")
     axes.set_ylabel(r"noise variance along it: $v_j^{\top}\Sigma\,v_j$  [loss$^2$/$\theta^2$]")
-    axes.legend(loc="best", handletextpad=0.3)
+    legend(axes, len(shown) > 1)
     return figure
 
 
-@_styled
+@styled
 def variance_flatness(results: VarianceFlatness | Mapping[str, VarianceFlatness]) -> Figure:
     """Variance along the noise's principal directions against the interval flatness there, log–log, with the law."""
     figure, axes = single(5.4, 4.0)
@@ -208,19 +80,19 @@ def variance_flatness(results: VarianceFlatness | Mapping[str, VarianceFlatness]
         x = result.flatness.flatness.numpy()
         finite = np.isfinite(x)
         kept = [e for e, use in zip(result.variances, finite, strict=True) if use]
-        _law(axes, result.law, x, color)
-        text = _exponent(result.law)
-        _scatter(axes, x[finite], kept, color, f"{label}:  {text}" if label else text)
+        law_line(axes, result.law, x, color)
+        text = exponent(result.law, len(shown) == 1)
+        scatter(axes, x[finite], kept, color, f"{label}:  {text}" if label else text)
     log_axis(axes, "x")
     log_axis(axes, "y")
-    _hollow_note(axes, [e for result in shown.values() for e in result.variances])
+    hollow_note(axes, [e for result in shown.values() for e in result.variances])
     axes.set_xlabel(r"interval flatness $F_i$ of the loss along $u_i$  [$\theta$]")
     axes.set_ylabel(r"noise variance: $u_i^{\top}\Sigma\,u_i$  [loss$^2$/$\theta^2$]")
-    axes.legend(loc="best", handletextpad=0.3)
+    legend(axes, len(shown) > 1)
     return figure
 
 
-@_styled
+@styled
 def interval_flatness(result: IntervalFlatness) -> Figure:
     """Distances δ₋ and δ₊ at which the risk reaches the level, for each direction."""
     figure, axes = single(5.4, 3.2)
@@ -231,6 +103,7 @@ def interval_flatness(result: IntervalFlatness) -> Figure:
     ):
         axes.plot(index, np.where(np.isfinite(distances), distances, np.nan), marker, color=color, label=label)
     log_axis(axes, "y")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("direction")
     axes.set_ylabel(r"distance to the level  [$\theta$]")
     axes.set_title(f"risk {result.risk:.3g} to {result.level:.3g}")
@@ -238,7 +111,7 @@ def interval_flatness(result: IntervalFlatness) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def eigenpairs(pairs: Eigenpairs) -> Figure:
     """Eigenvalues with their residuals as bars; hollow where not converged."""
     figure, axes = single(5.2, 3.2)
@@ -254,12 +127,13 @@ def eigenpairs(pairs: Eigenpairs) -> Figure:
         axes.legend(loc="best")
     if len(values) and (values > 0).all() and values.max() > 10 * values.min():
         log_axis(axes, "y")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("index")
     axes.set_ylabel(r"eigenvalue (bars: residual norm)")
     return figure
 
 
-@_styled
+@styled
 def noise_eigenvalues(results: Sequence[Estimate] | Mapping[str, Sequence[Estimate]]) -> Figure:
     """Scree plot of the covariance of the dropout noise, with 95 % intervals."""
     figure, axes = single(5.4, 3.8)
@@ -267,18 +141,18 @@ def noise_eigenvalues(results: Sequence[Estimate] | Mapping[str, Sequence[Estima
     for (label, estimates), color in zip(shown.items(), shades(len(shown)), strict=True):
         index = np.arange(1, len(estimates) + 1, dtype=float)
         axes.plot(index, [e.value for e in estimates], color=color, linewidth=0.8, alpha=0.6)
-        _scatter(axes, index, estimates, color, label)
+        scatter(axes, index, estimates, color, label)
     log_axis(axes, "x")
     log_axis(axes, "y")
-    _hollow_note(axes, [e for estimates in shown.values() for e in estimates])
+    hollow_note(axes, [e for estimates in shown.values() for e in estimates])
     axes.set_xlabel(r"rank $i$")
     axes.set_ylabel(r"eigenvalue $\lambda_i(\Sigma)$ of the dropout noise  [loss$^2$/$\theta^2$]")
     if len(shown) > 1:
-        axes.legend(loc="best", handletextpad=0.3)
+        legend(axes, True)
     return figure
 
 
-@_styled
+@styled
 def noise_split(
     risks: Sequence[float], dropout: Sequence[Estimate], sampling: Sequence[Estimate], labels: Sequence[str] = ()
 ) -> Figure:
@@ -290,11 +164,11 @@ def noise_split(
         (sampling, BLUE, "s", r"sampling, between samples: $\mathrm{Tr}\,B$"),
     ):
         axes.plot(x, [e.value for e in estimates], color=color, linewidth=1.2)
-        _scatter(axes, x, estimates, color, name, marker)
+        scatter(axes, x, estimates, color, name, marker)
     log_axis(axes, "x")
     log_axis(axes, "y")
     axes.invert_xaxis()
-    _hollow_note(axes, [*dropout, *sampling])
+    hollow_note(axes, [*dropout, *sampling])
     for position, label in zip(x, labels, strict=False):
         axes.annotate(label, (position, 0.02), xycoords=("data", "axes fraction"), ha="center", fontsize=7.5)
     axes.set_xlabel(r"training loss $R$, dropout off (training runs to the right)")
@@ -303,14 +177,14 @@ def noise_split(
     return figure
 
 
-@_styled
+@styled
 def alignment(risks: Sequence[float], results: Sequence[HessianVariance]) -> Figure:
     """Tr(HΣ)/Tr(HΣ̄) over training, and the cosine of H and Σ beside its mean over random eigenvectors."""
     figure = Figure(figsize=(7.6, 3.3), layout="constrained")
     left, right = figure.subplots(1, 2)
     x = np.asarray(risks, float)
     ratios = [result.alignment.ratio for result in results]
-    _scatter(left, x, ratios, VERMILION, "dropout noise")
+    scatter(left, x, ratios, VERMILION, "dropout noise")
     left.plot(x, [e.value for e in ratios], color=VERMILION, linewidth=1.2)
     left.axhline(1.0, color=FAINT, linewidth=1.0, linestyle=(0, (4, 3)), label="isotropic noise")
     left.set_ylabel(r"$\mathrm{Tr}(H\Sigma)\;/\;\mathrm{Tr}(H\bar\Sigma)$")
@@ -320,7 +194,7 @@ def alignment(risks: Sequence[float], results: Sequence[HessianVariance]) -> Fig
     ):
         estimates = [getattr(result.alignment, name) for result in results]
         right.plot(x, [e.value for e in estimates], color=color, linewidth=1.2)
-        _scatter(right, x, estimates, color, label, marker)
+        scatter(right, x, estimates, color, label, marker)
     right.set_ylabel(r"$\mathrm{Tr}(H\Sigma)\;/\;\|H\|_F\|\Sigma\|_F$")
     for axes in (left, right):
         log_axis(axes, "x")
@@ -329,3 +203,82 @@ def alignment(risks: Sequence[float], results: Sequence[HessianVariance]) -> Fig
         axes.set_xlabel(r"training loss $R$")
         axes.legend(loc="best", handletextpad=0.3)
     return figure
+
+
+@styled
+def spectral_density(
+    results: SpectralDensity | Mapping[str, SpectralDensity],
+    *,
+    top: Eigenpairs | Mapping[str, Eigenpairs] | None = None,
+    **arguments: Any,
+) -> Figure:
+    """Density of eigenvalues, logarithmic, over signed eigenvalues; one panel for each result.
+
+    By default the axis is linear near zero and logarithmic beyond, and the smoothing goes along: a Gaussian of fixed
+    width in asinh(λ/λ₀), λ₀ a few distances between nodes. With arguments of ``SpectralDensity.curve`` the axis is
+    linear. The band covers 95 % over the draw of probes. Ticks are eigenvalues known as such (``top``).
+    """
+    shown = series(results)
+    pairs = series(top) if top is not None else {}
+    figure = Figure(figsize=(5.4, 3.4 if len(shown) == 1 else 0.6 + 1.25 * len(shown)), layout="constrained")
+    panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+    width = max(_linear_width(density) for density in shown.values())
+    for axes, (label, density), color in zip(panels, shown.items(), shades(len(shown)), strict=True):
+        x, mean, low, high = (
+            (np.asarray(part) for part in density.curve(log=True, **arguments))
+            if arguments
+            else asinh_curve(density, width)
+        )
+        floor = 0.2 * mean[mean > 0].min() if arguments else 0.3 / (density.dim * 0.3 * np.abs(x).max())
+        axes.fill_between(x, np.nan_to_num(low), np.nan_to_num(high), color=color, alpha=0.25, linewidth=0)
+        axes.plot(x, mean, color=color, linewidth=1.3)
+        axes.set_yscale("log")
+        axes.set_ylim(floor, 4.0 * float(mean.max()))
+        axes.yaxis.set_major_locator(LogLocator(numticks=5))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        if label in pairs:
+            values = pairs[label].values.double().cpu().numpy()
+            axes.plot(values, np.full(len(values), 0.02), "|", color=VERMILION, markersize=7, markeredgewidth=0.9,
+                      transform=axes.get_xaxis_transform(), clip_on=False)  # fmt: skip
+        if label:
+            axes.set_title(label, fontsize=8.5, pad=2)
+        if not arguments:
+            axes.set_xscale("asinh", linear_width=width)
+        axes.axvline(0.0, color="#e3e6ea", linewidth=0.8, zorder=0)
+    if not arguments:
+        ends = [float(end(density.nodes)) for density in shown.values() for end in (torch.min, torch.max)]
+        panels[-1].set_xticks(_asinh_ticks(width, min(ends), max(ends)))
+        panels[-1].set_xticks([], minor=True)
+        panels[-1].xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}".replace("-", "−")))
+    panels[-1].set_xlabel(r"Hessian eigenvalue $\lambda$  [loss/$\theta^2$]")
+    figure.supylabel(r"density of eigenvalues $\rho(\lambda)$  [$\theta^2$/loss]", fontsize=9.5)
+    return figure
+
+
+def _asinh_ticks(width: float, low: float, high: float) -> list[float]:
+    """Zero, and ones and threes of each decade beyond the linear part, on both sides."""
+    first, last = math.floor(math.log10(width)), math.ceil(math.log10(max(-low, high, 10.0 * width)))
+    marks = [digit * 10.0**power for power in range(first, last + 1) for digit in (1.0, 3.0)]
+    marks = [mark for mark in marks if mark > 1.5 * width]
+    return sorted({0.0, *(m for m in marks if m <= high), *(-m for m in marks if m <= -low)})
+
+
+def _linear_width(density: SpectralDensity) -> float:
+    """λ₀: eight distances between nodes where the mass sits, below which nothing is resolved."""
+    nodes, weights = density.nodes.numpy(), density.weights.numpy()
+    gaps = np.gradient(nodes, axis=1) if nodes.shape[1] > 1 else np.ones_like(nodes)
+    return 8.0 * float((weights * np.abs(gaps)).sum() / len(nodes)) or 1.0
+
+
+def asinh_curve(density: SpectralDensity, width: float, smoothing: float = 0.12) -> tuple[Vector, ...]:
+    """Density per λ, smoothed by a Gaussian of width ``smoothing`` in asinh(λ/width): x, mean, low, high."""
+    nodes, weights = np.arcsinh(density.nodes.numpy() / width), density.weights.numpy()
+    grid = np.linspace(nodes.min() - 4 * smoothing, nodes.max() + 4 * smoothing, 900)
+    bumps = np.exp(-0.5 * ((grid[None, :, None] - nodes[:, None, :]) / smoothing) ** 2)
+    curves = (bumps * weights[:, None, :]).sum(2) / (smoothing * math.sqrt(2 * math.pi))
+    curves = curves / (width * np.cosh(grid))  # dasinh(λ/λ₀)/dλ
+    mean, count = curves.mean(0), len(curves)
+    if count < 2:
+        return width * np.sinh(grid), mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
+    relative = stats.t.isf(0.025, count - 1) * curves.std(0, ddof=1) / math.sqrt(count) / np.maximum(mean, 1e-300)
+    return width * np.sinh(grid), mean, mean * np.exp(-relative), mean * np.exp(relative)

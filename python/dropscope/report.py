@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata, resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -48,12 +48,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Plate:
-    """A figure with a caption: what is plotted, how it was estimated, what the error bars are."""
+    """A figure with a caption: what is plotted, how it was estimated, what the error bars are; a shape on the page."""
 
     title: str
     figure: Figure
     caption: str
-    wide: bool = False
+    shape: Literal["", "wide", "tall"] = ""
 
 
 @dataclass
@@ -101,10 +101,10 @@ class Page:
 
 def svg_uri(figure: Figure) -> str:
     """A figure as a data URI; text is drawn as paths, so that it looks the same everywhere."""
-    from dropscope import plots
+    from dropscope import plot_style
 
     buffer = io.BytesIO()
-    with plots.style():
+    with plot_style.style():
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
@@ -115,6 +115,8 @@ def number(value: float, digits: int = 3) -> str:
         return "–"
     if value in (float("inf"), float("-inf")):
         return "∞" if value > 0 else "−∞"
+    if 1e3 <= abs(value) < 1e6:
+        return f"{float(f'{value:.{digits}g}'):.0f}".replace("-", "−")
     text = f"{value:.{digits}g}"
     if "e" in text:
         mantissa, exponent = text.split("e")
@@ -128,9 +130,9 @@ def with_error(estimate: Estimate, digits: int = 3) -> str:
     mark = " †" if estimate.status == "heavy_tailed" else ""
     if estimate.status == "no_error" or estimate.stderr != estimate.stderr or estimate.stderr == 0.0:
         return number(estimate.value, digits) + mark
-    if estimate.value and 1e-3 <= abs(estimate.value) < 1e4:
+    if estimate.value == 0.0 or 1e-4 <= abs(estimate.value) < 1e6:
         return f"{number(estimate.value, digits)} ± {number(estimate.stderr, 2)}{mark}"
-    percent = 100.0 * estimate.stderr / abs(estimate.value) if estimate.value else float("inf")
+    percent = 100.0 * estimate.stderr / abs(estimate.value)
     return f"{number(estimate.value, digits)} ± {number(percent, 2)} %{mark}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -54,15 +54,13 @@ class MaskError:
     """What sampling masks does to Σ̂; all zero for a covariance that is known exactly.
 
     Attributes:
-        trace: relative standard error of Tr Σ̂.
-        product: standard error of the part of Tr(HΣ̂) along the basis.
-        along: that part; the rest of Tr(HΣ̂) is given the relative error of the trace.
+        covariance: of the errors of the logarithms of Tr(HΣ̂), Tr Σ̂ and ‖Σ̂‖_F², (3, 3); NaN where unknown.
+        dof: degrees of freedom of that covariance.
         square_bias: E‖Σ̂‖_F² - ‖Σ‖_F².
     """
 
-    trace: float = 0.0
-    product: float = 0.0
-    along: float = 0.0
+    covariance: Vector = field(default_factory=lambda: np.zeros((3, 3)))
+    dof: int = 10**9
     square_bias: float = 0.0
 
 
@@ -90,12 +88,12 @@ def measure_alignment(
         basis: V, (dim, k), k ≥ 0, orthonormalised here.
         probes: number of z, at least 2.
         seed: seed of the probes.
-        masks: errors of Σ̂ from sampled masks.
+        masks: errors of Σ̂ from sampled masks, taken as those of its part along the basis.
         trace_noise: Tr Σ where it is known, which saves its probe error.
         progress: show a bar.
 
     Returns:
-        The estimates; intervals are Student's t with ``probes - 1`` degrees of freedom.
+        The estimates; intervals are Student's t with ``probes - 1`` degrees of freedom, or those of the masks if fewer.
     """
     masks = masks or MaskError()
     V = torch.linalg.qr(basis.double())[0].to(H.dtype) if basis.shape[1] else basis.to(H.dtype)
@@ -130,10 +128,11 @@ def _forms(X: Tensor, H: SymmetricOperator, noise: SymmetricOperator) -> Vector:
 
 def _assemble(means: Vector, covariance: Vector, dim: int, masks: MaskError, probes: int) -> Alignment:
     """Products of powers of the five means, with errors by the delta method."""
-    rest = abs(means[0] - masks.along) * masks.trace
-    relative_product = (masks.product + rest) / abs(means[0]) if means[0] else 0.0
-    # Taken as uncorrelated between traces, which overstates the error of their ratios; ‖Σ̂‖² moves twice as Tr Σ̂.
-    mask_log = np.diag([relative_product**2, 0.0, masks.trace**2, 0.0, (2.0 * masks.trace) ** 2])
+    mask_log = np.zeros((5, 5))
+    of_noise = np.ix_([0, 2, 4], [0, 2, 4])
+    mask_log[of_noise] = masks.covariance
+    known = bool(np.isfinite(masks.covariance).all())
+    dof = float(min(probes - 1, masks.dof))
 
     def monomial(powers: tuple[float, float, float, float, float], factor: float = 1.0) -> Estimate:
         exponents = np.asarray(powers)
@@ -144,8 +143,10 @@ def _assemble(means: Vector, covariance: Vector, dim: int, masks: MaskError, pro
         value = factor * float(np.prod(np.power(means[used], exponents[used])))
         slope = np.zeros(5)
         slope[used & (means != 0)] = exponents[used & (means != 0)] / means[used & (means != 0)]
-        relative = slope @ covariance @ slope + exponents @ mask_log @ exponents
-        return Estimate(value, abs(value) * math.sqrt(max(relative, 0.0)), float(probes - 1))
+        if not known and bool(exponents[[0, 2, 4]].any()):
+            return Estimate(value, math.nan, 0.0, "no_error")
+        relative = slope @ covariance @ slope + exponents @ np.nan_to_num(mask_log) @ exponents
+        return Estimate(value, abs(value) * math.sqrt(max(float(relative), 0.0)), dof)
 
     return Alignment(
         trace_product=monomial((1, 0, 0, 0, 0)),

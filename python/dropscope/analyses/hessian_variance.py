@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,8 +179,6 @@ def hessian_variance(
 
 
 def _mask_error(source: NoiseSource, V: Tensor, eigenvalues: Tensor) -> MaskError:
-    """What the masks do to Tr Σ̂, to the part of Tr(HΣ̂) along the eigenvectors, and to ‖Σ̂‖_F²."""
-    trace, product = source.trace, source.weighted(V, eigenvalues)
-    if trace is None or product is None or math.isnan(trace.stderr) or trace.value <= 0.0:
-        return MaskError(square_bias=source.square_bias)
-    return MaskError(trace.stderr / trace.value, product.stderr, product.value, source.square_bias)
+    """What sampling the masks does to Tr(HΣ̂), Tr Σ̂ and ‖Σ̂‖_F², as seen along the eigenvectors."""
+    covariance, dof = source.log_covariance(V, eigenvalues)
+    return MaskError(covariance.cpu().numpy(), dof, source.square_bias)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from dropscope.estimate import Estimate
-from dropscope.operators import noise_statistics as statistics
 from dropscope.operators.base import SymmetricOperator
 
 if TYPE_CHECKING:
@@ -41,21 +40,39 @@ class NoiseSource:
         """Tr Σ with its error; None when only products are known."""
         return None if self.sampled is None else self.sampled.trace
 
-    def weighted(self, V: Tensor, weights: Tensor) -> Estimate | None:
-        """Σ_k w_k v_kᵀΣv_k with the error that the masks give it; None for an exact operator.
+    def log_covariance(self, V: Tensor, weights: Tensor) -> tuple[Tensor, int]:
+        """Covariance of the errors that the masks give to three logarithms, and its degrees of freedom.
 
-        The sum is the trace of the noise in the metric V diag(w) Vᵀ, so that the errors of its terms, which share
-        masks, are added as they correlate.
+        The three are Σ_k w_k v_kᵀΣ̂v_k, Tr Σ̂ and ‖VᵀΣ̂V‖_F². They share masks, so that their ratios are known far better
+        than each; the covariance is the jackknife over draws, M - 1 degrees of freedom.
+
+        Args:
+            V: unit columns (dim, k).
+            weights: w, (k,).
+
+        Returns:
+            The (3, 3) matrix, zero for an exact operator and NaN for fewer than 3 draws, and its degrees of freedom.
         """
-        if self.sampled is None:
-            return None
-        noise = self.sampled
-        rows = torch.cat([c.project(V.T.contiguous()).view(c.samples, -1, V.shape[1]) for c in noise.table.chunks()])
-        P = rows.double()
-        moments = statistics.trace_moments(torch.einsum("imk,k,ilk->iml", P, weights.to(P), P))
-        variance = float(moments.variance.sum())
-        error = math.sqrt(max(variance, 0.0)) if math.isfinite(variance) else math.nan
-        return Estimate(float(moments.trace.sum()) / len(P) ** 2, error / len(P) ** 2)
+        if self.sampled is None or self.sampled.table.quiet:
+            return torch.zeros(3, 3, dtype=torch.float64), 10**9
+        chunks, M = list(self.sampled.table.chunks()), self.sampled.draws
+        if M < 3:
+            return torch.full((3, 3), math.nan, dtype=torch.float64), 0
+        Vt = V.T.contiguous()
+        P = torch.cat([chunk.project(Vt).view(chunk.samples, M, -1) for chunk in chunks]).double()
+        gram = torch.cat([chunk.sample_gram() for chunk in chunks]).double()
+        P = P - P.mean(1, keepdim=True)
+        gram = gram - gram.mean(1, keepdim=True)
+        gram = gram - gram.mean(2, keepdim=True)
+        # Deviations sum to zero, so leaving draw m out takes (1 + 1/(M-1)) x_m x_mᵀ from the sum of squares.
+        whole, each = torch.einsum("imk,iml->kl", P, P), torch.einsum("imk,iml->mkl", P, P)
+        left = whole - each * M / (M - 1)
+        norms = gram.diagonal(dim1=1, dim2=2).sum(0)
+        traces = norms.sum() - norms * M / (M - 1)
+        products = (left.diagonal(dim1=1, dim2=2) * weights.to(left)).sum(1)
+        logs = torch.stack([products.abs(), traces, left.square().sum((1, 2))], 1).clamp_min(1e-300).log()
+        logs = logs - logs.mean(0)
+        return logs.T @ logs * (M - 1) / M, M - 1
 
     @property
     def square_bias(self) -> float:

@@ -87,7 +87,8 @@ def _through_gram(noise: GradientNoise, k: int, tol: float, seed: int, progress:
     table, n, M = noise.table, noise.n, noise.draws
     raw = table.gram()
     K = _centred(raw, n, list(range(M)), M)
-    small = eigsh(_Dense(K), k, "LA", tol, seed=seed, progress=progress)
+    # The residual of a pair of Σ is that of its pair of K times √(λ₁/λ): a tenth leaves room down to λ₁/100.
+    small = eigsh(_Dense(K), k, "LA", 0.1 * tol, seed=seed, progress=progress)
     del K
     floor = len(raw) * torch.finfo(raw.dtype).eps * float(small.values[0])
     if not float(small.values[-1]) > floor:
@@ -106,7 +107,12 @@ def _through_gram(noise: GradientNoise, k: int, tol: float, seed: int, progress:
     if status is EigenStatus.CONVERGED and not bool(converged.all()):
         status = EigenStatus.ROUNDING
     pairs = replace(
-        small, vectors=vectors.to(noise.dropout.dtype), residuals=residuals, converged=converged, status=status
+        small,
+        vectors=vectors.to(noise.dropout.dtype),
+        residuals=residuals,
+        converged=converged,
+        status=status,
+        tol=tol,
     )
     return NoiseEigenpairs(**vars(pairs), cross_validated=_cross_validated(raw, n, M, k, tol, seed))
 
