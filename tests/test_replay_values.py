@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint
 
 import dropscope as ds
 from dropouts import (
@@ -19,6 +20,7 @@ from dropouts import (
     N,
     Run,
     SelfAttention,
+    encoder,
     forward,
     made,
     mask,
@@ -26,6 +28,8 @@ from dropouts import (
 )
 from dropscope.masks import SHARED_SAMPLE, make_streams, replay_streams
 from dropscope.replay import site_of
+
+SITE = 13436946455120800057
 
 
 def test_sites() -> None:
@@ -38,9 +42,6 @@ def test_sites() -> None:
         outs = model(x)
     for out, where in zip(outs, (("", 0), ("drop", 0), ("drop", 1), ("", 1)), strict=True):
         assert torch.equal(out != 0, mask((4, 64), 0.5, *where))
-
-
-SITE = 13436946455120800057
 
 
 def test_an_unrelated_layer_changes_nothing() -> None:
@@ -183,6 +184,34 @@ def test_rand_is_uniform_and_refines_across_types() -> None:
     ordered, n = fine.flatten().sort()[0], fine.numel()
     assert (ordered - torch.arange(n, dtype=torch.float64) / n).abs().max() < 1.95 / math.sqrt(n)
     assert torch.equal(coarse.double(), (fine * 256).floor() / 256)
+
+
+def test_a_zero_layer_before_dropout_has_its_gradient() -> None:
+    """The mask is not read off the output, where a kept zero looks dropped."""
+    layer = nn.Linear(5, 6, bias=False)
+    nn.init.zeros_(layer.weight)
+    x, target = torch.randn(N, 5), torch.randn(N, 6)
+    with ds.replay_dropout(KEY, torch.arange(N)):
+        loss = (F.dropout(layer(x), 0.4) - target).square().sum()
+    loss.backward()
+    kept = mask((N, 6), 0.4) / ds.keep_probability(0.4)
+    torch.testing.assert_close(layer.weight.grad, (-2 * target * kept).T @ x)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_masks_on_a_device_are_those_of_the_host(reentrant: bool) -> None:
+    """Backward runs in another thread there, and checkpoints recompute in it."""
+    outs = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model, x = encoder(True).to(device), torch.randn(SEQUENCE, dtype=torch.float64).to(device).requires_grad_()
+        with ds.replay_dropout(KEY, torch.arange(N), model=model):
+            out = checkpoint(model, x, use_reentrant=reentrant)
+        out.square().sum().backward()
+        outs.append((out.cpu(), x.grad.cpu()))
+    torch.testing.assert_close(outs[0], outs[1])
 
 
 # --- masks that a batch shares ---------------------------------------------------------------------------------------

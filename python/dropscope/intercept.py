@@ -41,6 +41,7 @@ class Call:
 
 
 Handler = Callable[[Call], Any]
+Handlers = Mapping[Callable[..., Any], Handler]
 
 
 class Interceptor(TorchFunctionMode):
@@ -53,7 +54,7 @@ class Interceptor(TorchFunctionMode):
         model: names the running modules; without it every path is empty.
     """
 
-    def __init__(self, handlers: Mapping[Callable[..., Any], Handler], model: nn.Module | None = None) -> None:
+    def __init__(self, handlers: Handlers, model: nn.Module | None = None) -> None:
         super().__init__()
         self._entered: list[contextlib.ExitStack] = []
         self.handlers = chained(handlers, {F.multi_head_attention_forward: attention_body})
@@ -116,7 +117,7 @@ class Interceptor(TorchFunctionMode):
         self._entered.pop().close()
 
 
-def chained(*tables: Mapping[Callable[..., Any], Handler]) -> dict[Callable[..., Any], Handler]:
+def chained(*tables: Handlers) -> dict[Callable[..., Any], Handler]:
     """One table of several: for a function in more than one, the first handler that does not let it through."""
     merged: dict[Callable[..., Any], Handler] = {}
     for table in tables:

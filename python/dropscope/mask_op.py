@@ -165,7 +165,7 @@ def keep_rows(streams: Tensor, units: int, seed: int, site: int, threshold: int)
 
 
 def mask_rows(x: Tensor, streams: Tensor, seed: int, site: int, threshold: int) -> Tensor:
-    """X ∘ keep · 65536/T for x of shape (rows, ...), one stream a row; T = 65536 returns x itself, T = 0 zeros."""
+    """Mask x of shape (rows, ...), one stream a row: x ∘ keep · 65536/T; T = 65536 returns x itself, T = 0 zeros."""
     if threshold == 65536:
         return x
     if threshold == 0:

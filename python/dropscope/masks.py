@@ -8,18 +8,18 @@ below T = ⌊(1−p)·65536 + ½⌋. So the mask of a sample does not depend on 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from dropscope.intercept import Handler, Interceptor, chained
+from dropscope.intercept import Handlers, Interceptor, chained
 from dropscope.mask_op import UNITS_LIMIT, keep_rows, keep_threshold, mask_rows, signed
-from dropscope.randomness import Generators, name_random_ops, random_rules, refuse_hidden
-from dropscope.replay import SHARED_SAMPLE, Replay, elementwise_rules
-from dropscope.replay_layers import layer_rules
+from dropscope.randomness import RANDOM, Generators, name_random_ops, refuse_hidden
+from dropscope.replay import ELEMENTWISE, SHARED_SAMPLE, Replay
+from dropscope.replay_layers import LAYERS
 
 __all__ = [
     "SHARED_SAMPLE",
@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 Sharing = Literal["sample", "batch"]
+_RULES = chained(ELEMENTWISE, LAYERS, RANDOM)
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def make_streams(draws: int | Tensor, samples: Tensor) -> Tensor:
 
 
 def dropout(x: Tensor, p: float, key: MaskKey, site: int = 0, samples: Tensor | None = None) -> Tensor:
-    """X ∘ keep · 65536/T with a mask that can be made again.
+    """Drop units by a mask that can be made again: x ∘ keep · 65536/T.
 
     Linear in x; differentiable any number of times, in reverse and forward mode, under ``torch.func`` and
     ``torch.compile``. A dropped value is +0 whatever x was; p = 0 returns x itself.
@@ -151,6 +152,11 @@ def replay_dropout(
 ) -> Iterator[None]:
     """Inside, one forward pass draws every dropout mask from ``key``, or is refused by name.
 
+    The mask of a dropout call depends on the key, the sample, the module that runs and the number of dropout calls this
+    module has made since the context was entered: not on the batch, its order, the device or other layers. Modules in
+    eval mode are left alone. Activation checkpoints see the same masks again, inside the context and after it; compiled
+    callables run eagerly inside. torch's, Python's and numpy's generators are left where they stood.
+
     Args:
         key: seed and draw.
         samples: integer ids (B,) of the samples in the batch.
@@ -161,6 +167,14 @@ def replay_dropout(
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: ids out of range; inside or on leaving, a random call that cannot be replayed.
+
+    >>> layer, x = nn.Dropout(0.5), torch.randn(4, 8)
+    >>> with replay_dropout(MaskKey(0), torch.arange(4)):
+    ...     whole = layer(x)
+    >>> with replay_dropout(MaskKey(0), torch.tensor([2])):
+    ...     part = layer(x[2:3])
+    >>> torch.equal(whole[2:3], part)
+    True
     """
     if not isinstance(key, MaskKey):
         raise TypeError(f"replay_dropout: key must be a MaskKey, got {type(key).__name__}")
@@ -176,7 +190,7 @@ def replay_streams(
     model: nn.Module | None = None,
     sharing: Sharing = "sample",
     batch_dim: int = 0,
-    handlers: Mapping[Callable[..., Any], Handler] | None = None,
+    handlers: Handlers | None = None,
 ) -> Iterator[Interceptor]:
     """:func:`replay_dropout` with a stream per row (:func:`make_streams`), so that one pass may hold several draws.
 
@@ -200,9 +214,8 @@ def replay_streams(
         raise ValueError(f"replay_streams: batch_dim must be an integer >= 0, got {batch_dim!r}")
     if sharing == "batch":
         streams = streams | SHARED_SAMPLE
-    replay = Replay(seed, streams, batch_dim)
-    rules = chained(handlers or {}, elementwise_rules(replay), layer_rules(replay), random_rules(replay))
-    mode, generators = Interceptor(rules, model), Generators()
+    mode = Replay(chained(handlers, _RULES) if handlers else _RULES, seed, streams, batch_dim, model)
+    generators = Generators()
     try:
         with mode:
             yield mode

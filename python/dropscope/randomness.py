@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dropscope.intercept import Call, Handler, Interceptor, module_names
+from dropscope.intercept import Call, Handlers, Interceptor, module_names
 from dropscope.mask_op import keep_rows
-from dropscope.replay import Replay, arguments, described
+from dropscope.replay import arguments, described, replaying
 
 _REFUSED = {
     torch: "_sample_dirichlet _standard_gamma bernoulli binomial multinomial normal pca_lowrank poisson randint "
@@ -25,22 +24,8 @@ _REFUSED = {
     torch.nn.init: "kaiming_normal_ kaiming_uniform_ normal_ orthogonal_ sparse_ trunc_normal_ uniform_ xavier_normal_ "
     "xavier_uniform_",
 }
+_POOLS = [f"fractional_max_pool{size}d{kind}" for size in (2, 3) for kind in ("", "_with_indices")]
 _DIGITS = 24
-
-
-def random_rules(replay: Replay) -> dict[Callable[..., Any], Handler]:
-    """Handlers that refuse by name the functions which cannot be replayed, and that replay ``rand``."""
-    rules: dict[Callable[..., Any], Handler] = {
-        torch.rand: partial(_rand, replay),
-        torch.rand_like: partial(_rand, replay),
-    }
-    for owner, names in _REFUSED.items():
-        rules |= {getattr(owner, name): _refuse for name in names.split() if hasattr(owner, name)}
-    rules |= dict.fromkeys((F.rrelu, F.rrelu_, torch.rrelu, torch.rrelu_), _refuse_training)
-    rules |= {func: partial(_rand, replay) for func in (torch.rand, torch.rand_like)}
-    for pool in ("fractional_max_pool2d", "fractional_max_pool3d"):
-        rules |= {getattr(F, name): _refuse_pool for name in (pool, f"{pool}_with_indices")}
-    return rules
 
 
 def _refuse(call: Call) -> Any:
@@ -56,13 +41,14 @@ def _refuse_pool(call: Call) -> Any:
     return _refuse(call) if call.kwargs.get("_random_samples") is None else NotImplemented
 
 
-def _rand(replay: Replay, call: Call) -> Any:
+def _rand(call: Call) -> Any:
     """Uniform numbers of 24 binary digits, digit k of unit u being 1 where unit 24u + k of the mask at p = ½ drops.
 
     So DropPath as floor(keep + rand), a row for each sample, is replayed; a single number (LayerDrop) is shared.
     """
     options = {name: value for name, value in call.kwargs.items() if name not in ("generator", "out")}
     x: Tensor = (torch.empty_like if call.func is torch.rand_like else torch.empty)(*call.args, **options)
+    replay = replaying(call)
     if any(call.kwargs.get(name) is not None for name in ("generator", "out")) or not x.is_floating_point():
         return _refuse(call)
     if x.dim() == 0:
@@ -75,6 +61,15 @@ def _rand(replay: Replay, call: Call) -> Any:
     digits = min(_DIGITS, 1 - round(np.log2(torch.finfo(x.dtype).eps)))
     places = torch.tensor([2.0**-k if k <= digits else 0.0 for k in range(1, _DIGITS + 1)], dtype=torch.float64)
     return ((~keep).double() @ places.to(x.device)).to(x.dtype)
+
+
+RANDOM: Handlers = {
+    **{getattr(owner, name): _refuse for owner, names in _REFUSED.items() for name in names.split()},
+    **dict.fromkeys((torch.rand, torch.rand_like), _rand),
+    **dict.fromkeys((F.rrelu, F.rrelu_, torch.rrelu, torch.rrelu_), _refuse_training),
+    **dict.fromkeys((getattr(F, name) for name in _POOLS), _refuse_pool),
+}
+"""The functions that are refused by name because they cannot be replayed, and ``rand``."""
 
 
 def refuse_hidden(moved: list[str], mode: Interceptor) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dropscope.intercept import Call, Handler
+from dropscope.intercept import Call, Handlers, Interceptor
 from dropscope.mask_op import UNITS_LIMIT, keep_rows, keep_threshold, mask_rows, select, wide
 
 SHARED_SAMPLE = (1 << 32) - 1
@@ -25,16 +25,19 @@ def site_of(path: str, number: int) -> int:
     return int.from_bytes(hashlib.blake2s(f"{path}#{number}".encode(), digest_size=8).digest(), "little")
 
 
-class Replay:
-    """The masks of one forward pass: a seed, a stream for each row of the batch, and the sites used so far.
+class Replay(Interceptor):
+    """The interceptor of one replayed forward pass: a seed, a stream for each row of the batch, the sites used so far.
 
     Args:
+        handlers: those that replay, with any others.
         seed: 64-bit seed.
         streams: int64 (R,), ``draw << 32 | sample`` of each row.
         batch_dim: the dimension of a tensor that holds the rows.
+        model: names the running modules.
     """
 
-    def __init__(self, seed: int, streams: Tensor, batch_dim: int) -> None:
+    def __init__(self, handlers: Handlers, seed: int, streams: Tensor, batch_dim: int, model: nn.Module | None) -> None:
+        super().__init__(handlers, model)
         self.seed = seed
         self.rows = streams.shape[0]
         self.batch_dim = batch_dim
@@ -45,8 +48,8 @@ class Replay:
     def site(self, call: Call) -> int:
         """Number this dropout call and return its site."""
         path = call.path
-        number = call.mode.tally.get(path, 0)
-        call.mode.tally[path] = number + 1
+        number = self.tally.get(path, 0)
+        self.tally[path] = number + 1
         site, label = site_of(path, number), f"{path}#{number}"
         other = self.sites.setdefault(site, label)
         if other != label:
@@ -54,7 +57,7 @@ class Replay:
         return site
 
     def drop(self, call: Call, x: Tensor, p: float, dim: int | None = None) -> Tensor:
-        """X ∘ keep · 65536/T, row by row; a mask on a parameter is shared by the batch."""
+        """Mask x row by row, x ∘ keep · 65536/T; a mask on a parameter is shared by the batch."""
         threshold, site = keep_threshold(p), self.site(call)
         if threshold in (0, 65536):
             return select(torch.zeros((), dtype=torch.bool, device=x.device), threshold, x)
@@ -86,7 +89,7 @@ class Replay:
         draws = self._first >> 32
         if not torch._C._functorch.is_functorch_wrapped_tensor(draws) and not bool((draws == draws[:1]).all()):
             raise ValueError(f"replay_dropout: {described(call)} is shared by the batch, which must be of one draw")
-        call.mode.shared.add(described(call))
+        self.shared.add(described(call))
         return (draws[:1] << 32 | SHARED_SAMPLE).to(device)
 
     def check(self, call: Call, shape: Sequence[int], dim: int | None) -> int:
@@ -102,6 +105,12 @@ class Replay:
         if units > UNITS_LIMIT:
             raise ValueError(f"replay_dropout: {described(call)} must mask at most 2**35 units a sample, got {units}")
         return dim
+
+
+def replaying(call: Call) -> Replay:
+    """The interceptor of a call that is being replayed."""
+    assert isinstance(call.mode, Replay)
+    return call.mode
 
 
 def described(call: Call) -> str:
@@ -124,49 +133,22 @@ def is_parameter(call: Call, x: Tensor) -> bool:
 _Kind = Callable[[Replay, Call, Tensor, float], Tensor]
 
 
-def elementwise_rules(replay: Replay) -> dict[Callable[..., Any], Handler]:
-    """The handler of every dropout function that masks one tensor, and of ``bernoulli_``."""
-    native: dict[str, _Kind] = {
-        "dropout": Replay.drop,
-        "feature_dropout": _feature,
-        "alpha_dropout": _alpha,
-        "feature_alpha_dropout": _feature_alpha,
-    }
-    functional: dict[Callable[..., Any], tuple[_Kind, bool]] = {
-        F.dropout: (Replay.drop, True),
-        F.dropout1d: (partial(_feature, unbatched=2), True),
-        F.dropout2d: (_feature, True),
-        F.dropout3d: (partial(_feature, unbatched=4), True),
-        F.alpha_dropout: (_alpha, False),
-        F.feature_alpha_dropout: (_feature_alpha, False),
-    }
-    rules: dict[Callable[..., Any], Handler] = {
-        func: partial(_functional, replay, kind, training) for func, (kind, training) in functional.items()
-    }
-    for name, kind in native.items():
-        rules[getattr(torch, name)] = partial(_native, replay, kind, False)
-        rules[getattr(torch, name + "_")] = partial(_native, replay, kind, True)
-    rules[torch.native_dropout] = partial(_native_dropout, replay)
-    rules[torch.Tensor.bernoulli_] = partial(_bernoulli, replay)
-    return rules
-
-
-def _functional(replay: Replay, kind: _Kind, training: bool, call: Call) -> Any:
+def _functional(kind: _Kind, training: bool, call: Call) -> Any:
     given = arguments(call, ("input", "p", "training", "inplace"))
     if not given.get("training", training):
         return NotImplemented
-    return _apply(replay, kind, call, given["input"], given.get("p", 0.5), given.get("inplace", False))
+    return _apply(kind, call, given["input"], given.get("p", 0.5), given.get("inplace", False))
 
 
-def _native(replay: Replay, kind: _Kind, inplace: bool, call: Call) -> Any:
+def _native(kind: _Kind, inplace: bool, call: Call) -> Any:
     given = arguments(call, ("input", "p", "train"))
-    return _apply(replay, kind, call, given["input"], given["p"], inplace) if given["train"] else NotImplemented
+    return _apply(kind, call, given["input"], given["p"], inplace) if given["train"] else NotImplemented
 
 
-def _apply(replay: Replay, kind: _Kind, call: Call, x: Tensor, p: float, inplace: bool) -> Tensor:
+def _apply(kind: _Kind, call: Call, x: Tensor, p: float, inplace: bool) -> Tensor:
     if not x.is_floating_point():
         raise TypeError(f"replay_dropout: {described(call)} must see a real floating-point tensor, got {x.dtype}")
-    out = kind(replay, call, x, p)
+    out = kind(replaying(call), call, x, p)
     return x.copy_(out) if inplace and out is not x else out
 
 
@@ -204,17 +186,17 @@ def _select_alpha(keep: Tensor, threshold: int, x: Tensor) -> Tensor:
     return torch.where(keep, high, low).to(x.dtype)
 
 
-def _native_dropout(replay: Replay, call: Call) -> Any:
+def _native_dropout(call: Call) -> Any:
     given = arguments(call, ("input", "p", "train"))
     if given.get("train") is False:
         return NotImplemented
-    keep, threshold = replay.keep(call, given["input"].shape, given["input"].device, given["p"])
+    keep, threshold = replaying(call).keep(call, given["input"].shape, given["input"].device, given["p"])
     return select(keep, threshold, given["input"]), keep
 
 
-def _bernoulli(replay: Replay, call: Call) -> Any:
+def _bernoulli(call: Call) -> Any:
     """DropPath draws its own mask, a row for each sample, with the probability to KEEP."""
-    given = arguments(call, ("input", "p"))
+    given, replay = arguments(call, ("input", "p")), replaying(call)
     x, p = given["input"], given.get("p", 0.5)
     if isinstance(p, Tensor) or given.get("generator") is not None:
         raise ValueError(f"replay_dropout: {described(call)} must take a number p and no generator")
@@ -224,3 +206,27 @@ def _bernoulli(replay: Replay, call: Call) -> Any:
             f"{replay.rows} rows, got shape {tuple(x.shape)}"
         )
     return x.copy_(replay.keep(call, x.shape, x.device, 1.0 - p)[0])
+
+
+_FUNCTIONAL: dict[Callable[..., Any], tuple[_Kind, bool]] = {
+    F.dropout: (Replay.drop, True),
+    F.dropout1d: (partial(_feature, unbatched=2), True),
+    F.dropout2d: (_feature, True),
+    F.dropout3d: (partial(_feature, unbatched=4), True),
+    F.alpha_dropout: (_alpha, False),
+    F.feature_alpha_dropout: (_feature_alpha, False),
+}
+_NATIVE: dict[str, _Kind] = {
+    "dropout": Replay.drop,
+    "feature_dropout": _feature,
+    "alpha_dropout": _alpha,
+    "feature_alpha_dropout": _feature_alpha,
+}
+ELEMENTWISE: Handlers = {
+    **{func: partial(_functional, kind, training) for func, (kind, training) in _FUNCTIONAL.items()},
+    **{getattr(torch, name): partial(_native, kind, False) for name, kind in _NATIVE.items()},
+    **{getattr(torch, f"{name}_"): partial(_native, kind, True) for name, kind in _NATIVE.items()},
+    torch.native_dropout: _native_dropout,
+    torch.Tensor.bernoulli_: _bernoulli,
+}
+"""The rule of every dropout function that masks one tensor, and of ``bernoulli_``."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,25 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from dropscope.intercept import Call, Handler, attention_body
+from dropscope.intercept import Call, Handlers, attention_body
 from dropscope.mask_op import select, wide
-from dropscope.replay import Replay, arguments, described
+from dropscope.replay import arguments, described, replaying
 
 _ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _RECURRENT = ("input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first")
 _PACKED = ("data", "batch_sizes", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional")
 
 
-def layer_rules(replay: Replay) -> dict[Callable[..., Any], Handler]:
-    """The handlers of attention and of ``torch.lstm``, ``gru``, ``rnn_tanh``, ``rnn_relu``."""
-    return {
-        F.scaled_dot_product_attention: partial(_attention, replay),
-        F.multi_head_attention_forward: partial(_multi_head_attention, replay),
-    } | {func: partial(_recurrent, replay) for func in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)}
-
-
-def _multi_head_attention(replay: Replay, call: Call) -> Any:
+def _multi_head_attention(call: Call) -> Any:
     """Inside, whatever its batch_first says, weights are (B·heads, T, S) or (B, heads, T, S)."""
+    replay = replaying(call)
     before, replay.batch_dim = replay.batch_dim, 0
     try:
         return attention_body(call)
@@ -38,7 +30,7 @@ def _multi_head_attention(replay: Replay, call: Call) -> Any:
         replay.batch_dim = before
 
 
-def _attention(replay: Replay, call: Call) -> Any:
+def _attention(call: Call) -> Any:
     """dropout(softmax(scale · Q Kᵀ + mask)) V, written out; the mask's units are (heads, T, S) of a sample."""
     given = arguments(call, _ATTENTION)
     p = given.get("dropout_p", 0.0)
@@ -55,7 +47,7 @@ def _attention(replay: Replay, call: Call) -> Any:
     scores = (query @ key.mT).to(wide(query.dtype)) * (1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    weights = replay.drop(call, _softmax(scores, mask).to(value.dtype), p, dim=0)
+    weights = replaying(call).drop(call, _softmax(scores, mask).to(value.dtype), p, dim=0)
     return weights @ value
 
 
@@ -71,7 +63,7 @@ def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
     return scores.masked_fill(dead, 0.0).softmax(-1).masked_fill(dead, 0.0)
 
 
-def _recurrent(replay: Replay, call: Call) -> Any:
+def _recurrent(call: Call) -> Any:
     """Layer by layer, with the dropout between layers as a dropout call of its own."""
     packed = len(call.args) > 3 and isinstance(call.args[3], Sequence)
     given = arguments(call, _PACKED if packed else _RECURRENT)
@@ -87,9 +79,9 @@ def _recurrent(replay: Replay, call: Call) -> Any:
     out, final = given["data"] if packed else given["input"], []
     for layer in range(layers):
         if layer and packed:
-            out = _drop_packed(replay, call, out, given["batch_sizes"], given["data"], p)
+            out = _drop_packed(call, out, given["batch_sizes"], given["data"], p)
         elif layer:
-            out = replay.drop(call, out, p, dim=0 if given["batch_first"] else 1)
+            out = replaying(call).drop(call, out, p, dim=0 if given["batch_first"] else 1)
         state = tuple(chunks[layer] for chunks in states)
         head = (out, given["batch_sizes"]) if packed else (out,)
         out, *last_states = call.func(
@@ -99,7 +91,7 @@ def _recurrent(replay: Replay, call: Call) -> Any:
     return (out, *(torch.cat(parts) for parts in zip(*final, strict=True)))
 
 
-def _drop_packed(replay: Replay, call: Call, x: Tensor, sizes: Tensor, data: Tensor, p: float) -> Tensor:
+def _drop_packed(call: Call, x: Tensor, sizes: Tensor, data: Tensor, p: float) -> Tensor:
     """Dropout on packed rows; unit t·H + h of a sample, as if padded, so the mask does not depend on the padding."""
     inputs = [item for _, given in call.mode.running for item in given if isinstance(item, PackedSequence)]
     source = next((packed for packed in inputs if packed.data is data), None)
@@ -107,7 +99,15 @@ def _drop_packed(replay: Replay, call: Call, x: Tensor, sizes: Tensor, data: Ten
         raise ValueError(f"replay_dropout: {described(call)} must be called by its module: a packed batch is sorted")
     order = source.sorted_indices
     steps, batch = len(sizes), int(sizes[0])
-    keep, threshold = replay.keep(call, (batch, steps, x.shape[-1]), x.device, p, dim=0)
+    keep, threshold = replaying(call).keep(call, (batch, steps, x.shape[-1]), x.device, p, dim=0)
     keep = keep if order is None else keep[order]
     present = torch.arange(batch) < sizes.unsqueeze(1)
     return select(keep.transpose(0, 1)[present.to(x.device)], threshold, x)
+
+
+LAYERS: Handlers = {
+    F.scaled_dot_product_attention: _attention,
+    F.multi_head_attention_forward: _multi_head_attention,
+    **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _recurrent),
+}
+"""The rules of attention and of recurrent networks."""
