@@ -51,6 +51,8 @@ class Patches:
                 self._wrap(nn.Module, "__call__", _tracked(nn.Module.__call__))
                 self._wrap(checkpoint, "CheckpointFunction", _BoundReentrant(checkpoint.CheckpointFunction))
                 generator = "_checkpoint_without_reentrant_generator"
+                if hasattr(checkpoint, generator + "_impl"):  # torch 2.15: the one that every caller goes through
+                    generator += "_impl"
                 bound = _bound_generator(getattr(checkpoint, generator))
                 for module in (checkpoint, sys.modules.get("torch.distributed._composable.checkpoint_activation")):
                     if module is not None and hasattr(module, generator):
