@@ -20,7 +20,7 @@ LEVELS = [
     {"kernels"},
     {"intercept", "entry_points", "mask_op", "memory", "modes"},
     {"masks", "replay", "replay_layers", "randomness"},
-    {"problem", "data", "losses", "probes"},
+    {"problem", "parameters", "data", "losses", "probes"},
     {"factors"},
     {"operators", "spectral"},
     {"analyses", "training", "plots"},
