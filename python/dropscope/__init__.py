@@ -16,7 +16,7 @@ from dropscope.analyses import (
 )
 from dropscope.estimate import Estimate
 from dropscope.masks import MaskKey, dropout, keep_mask, keep_probability, replay_dropout
-from dropscope.operators import GradientNoise, Hessian, SymmetricOperator
+from dropscope.operators import Fisher, GaussNewton, GradientNoise, Hessian, SymmetricOperator
 from dropscope.problem import Problem
 from dropscope.spectral import (
     DiagonalEstimate,
@@ -36,6 +36,8 @@ __all__ = [
     "EigenStatus",
     "Eigenpairs",
     "Estimate",
+    "Fisher",
+    "GaussNewton",
     "GradientNoise",
     "Hessian",
     "HessianVariance",

@@ -39,8 +39,8 @@ class Hessian(GraphOperator):
             loss or gradient is not finite.
 
     Example:
-        >>> model = nn.Linear(2, 1, bias=False)
-        >>> H = Hessian(Problem(model, nn.MSELoss(), (torch.eye(2), torch.zeros(2, 1))))
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> H = Hessian(Problem(model, torch.nn.MSELoss(), (torch.eye(2), torch.zeros(2, 1))))
         >>> H @ torch.ones(2)
         tensor([1., 1.])
     """
