@@ -23,9 +23,10 @@ LEVELS = [
     {"problem", "parameters", "data", "losses", "probes"},
     {"factors"},
     {"operators", "spectral"},
-    {"analyses", "training", "plots"},
-    {"report", "doctor"},
-    {"demo", "reproduce", "targets", "cli"},
+    {"analyses", "training", "plots", "plot_style"},
+    {"report", "doctor", "measurements"},
+    {"demo", "demo_page", "reproduce"},
+    {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 SPECTRAL_KNOWS = {"spectral", "operators.base", "kernels", "estimate", "_files", "plots"}
