@@ -230,6 +230,22 @@ def test_eigenpairs_are_those_of_the_matrix(name):
         assert torch.equal(eigsh(noise.dropout, 1, "LA").converged, torch.tensor([True]))
 
 
+def test_half_precision_says_what_it_costs():
+    problem = CASES["mlp"].problem(dtype=torch.float32)
+    with ds.GradientNoise(problem, draws=6) as noise:
+        full, half = noise.eigsh(2), noise.eigsh(2, precision="bf16", tol=0.1)
+    torch.testing.assert_close(half.values, full.values, rtol=0.03, atol=0)
+    assert float(half.residuals[0]) > float(full.residuals[0])
+
+
+def test_some_parameters_only():
+    problem = CASES["mlp"].problem(params=["3.*", "0.bias"])
+    W, _ = covariances(sample_gradients(problem, 3, M))
+    with ds.GradientNoise(problem, draws=M, seed=3) as noise:
+        torch.testing.assert_close(noise.dropout.to_dense(), W / problem.n)
+    assert set(problem.routes) == {"0.bias", "3.weight", "3.bias"}
+
+
 def test_cross_validated_values_bracket_the_truth():
     """Averaged over 30 seeds: the plain value is biased upwards, the cross-validated one downwards."""
     net = Masked(n=10)
@@ -300,5 +316,9 @@ def test_bad_directions_and_counts_are_refused():
         for k in (0, problem.dim + 1):
             with pytest.raises(ValueError, match="k must be an int"):
                 noise.eigsh(k)
+        with pytest.raises(ValueError, match="precision must be"):
+            noise.eigsh(1, precision="fp8")
+        with pytest.raises(ValueError, match="tol must lie"):
+            noise.eigsh(1, tol=0.0)
         with pytest.raises(ValueError, match="size must be an int >= 1, got 0"):
             noise.batch(0)

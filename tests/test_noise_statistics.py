@@ -139,17 +139,17 @@ def test_few_draws_give_values_without_errors():
 
 
 def test_effective_samples_and_kurtosis_are_their_definitions():
-    """6 samples of known covariance, 3000 draws each: the estimates' own errors are a few per cent."""
-    X, C = draws(6, 3000, 2, 1, "mask", 5)
+    """6 samples of known covariance, 1200 draws each: the estimates' own errors are a few per cent."""
+    X, C = draws(6, 1200, 2, 1, "mask", 5)
     size = torch.tensor([3.0, 1, 1, 0.1, 0.1, 0.1], dtype=torch.float64)
     X = X[0] * size[:, None, None]
     traces = C.diagonal(dim1=1, dim2=2).sum(1) * size**2
     expected = float(traces.sum() ** 2 / traces.square().sum())
-    assert ns.effective_samples(ns.trace_moments(grams(X))) == pytest.approx(expected, rel=0.1)
+    assert ns.effective_samples(ns.trace_moments(grams(X))) == pytest.approx(expected, rel=0.12)
     one = X[:1, :, :1]
     z = ns.centre(one, 1)[0, :, 0]
     plain = float(z.pow(4).mean() / z.square().mean() ** 2 - 3)
-    assert ns.kurtosis(ns.trace_moments(grams(one))) == pytest.approx(plain, rel=0.02)
+    assert ns.kurtosis(ns.trace_moments(grams(one))) == pytest.approx(plain, rel=0.03)
     normal, _ = draws(60, 50, 3, 1, "normal", 6)
     assert abs(ns.kurtosis(ns.trace_moments(grams(normal)))) < 0.2
 

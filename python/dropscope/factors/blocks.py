@@ -55,6 +55,16 @@ class Block(ABC):
         del tensors
         return self
 
+    def take(self, draws: int, chosen: slice) -> Block:
+        """The rows of some of the ``draws`` draws of every sample."""
+        samples = self.rows // draws
+        return self.replace(
+            {
+                name: t if len(t) == samples else t.view(samples, draws, *t.shape[1:])[:, chosen].flatten(0, 1)
+                for name, t in self.tensors().items()
+            }
+        )
+
     @property
     def nbytes(self) -> int:
         """Bytes stored."""

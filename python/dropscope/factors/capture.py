@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from dropscope import kernels
 from dropscope.factors.blocks import materialise
 from dropscope.factors.layers import Factors, Layout, Recorder, UnfitError, Use
 from dropscope.masks import MaskKey
@@ -34,12 +35,12 @@ def record(
         ValueError: if a gradient is not finite.
     """
     recorder = Recorder(names, batch.size, draws)
-    with torch.enable_grad():
+    with torch.enable_grad(), kernels.faster_products(2.0 * recorder.rows * problem.dim):
         values, _ = problem.sample_losses(batch, key, draws, handlers=recorder.handlers())
-    if not recorder.uses:
-        return [], []
-    seedling = torch.full_like(values, problem.scale)
-    gradients = torch.autograd.grad([values], [use.edge for use in recorder.uses], [seedling], allow_unused=True)
+        if not recorder.uses:
+            return [], []
+        seedling = torch.full_like(values, problem.scale)
+        gradients = torch.autograd.grad([values], [use.edge for use in recorder.uses], [seedling], allow_unused=True)
     for gradient in gradients:
         if gradient is not None:
             require_finite(gradient, batch, key, draws)

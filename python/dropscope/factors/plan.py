@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dropscope import kernels
 from dropscope.factors.capture import Part, part_of, record
 from dropscope.factors.layers import LAYOUTS, Layout, UnfitError, Use
-from dropscope.masks import MaskKey
+from dropscope.masks import MaskKey, Sharing
 from dropscope.problem import Batch, Problem
 
 Kind = Literal["factors", "rows", "dense", "matrix_free"]
@@ -109,7 +109,7 @@ def make_plan(problem: Problem, batch: Batch, seed: int, draws: int, budget: int
     return plan
 
 
-def draws_masks(problem: Problem, batch: Batch, seed: int, sharing: str) -> bool:
+def draws_masks(problem: Problem, batch: Batch, seed: int, sharing: Sharing) -> bool:
     """Whether a pass draws a mask at all; where none is drawn the draws are equal, and not to rounding only."""
     seen = _MaskWatch()
     with torch.no_grad(), seen:

@@ -23,7 +23,7 @@ from dropscope.factors.capture import join_draws, part_of, record, rows_of
 from dropscope.factors.fallback import MatrixFreeBlock, dense_rows
 from dropscope.factors.layers import Factors
 from dropscope.factors.plan import Plan, draws_masks, make_plan
-from dropscope.masks import MaskKey
+from dropscope.masks import MaskKey, Sharing
 from dropscope.problem import Batch, Problem
 
 Cache = Literal["auto", "factors", "bf16", "disk", "recompute"]
@@ -102,7 +102,14 @@ class Table:
     """
 
     def __init__(
-        self, problem: Problem, draws: int, seed: int, cache: Cache, sharing: str, memory: int | None, progress: bool
+        self,
+        problem: Problem,
+        draws: int,
+        seed: int,
+        cache: Cache,
+        sharing: Sharing,
+        memory: int | None,
+        progress: bool,
     ) -> None:
         self.problem, self.seed, self.draws, self.sharing, self.progress = problem, seed, draws, sharing, progress
         free = free_memory(problem.device)

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from dropscope import kernels
 from dropscope.estimate import Estimate
 from dropscope.factors import CACHES, Cache, Table
+from dropscope.factors.eigen import Precision
+from dropscope.masks import Sharing
 from dropscope.operators import noise_statistics as statistics
 from dropscope.operators.base import SymmetricOperator
 from dropscope.problem import Problem
@@ -98,7 +101,7 @@ class GradientNoise:
         seed: int = 0,
         *,
         cache: Cache = "auto",
-        sharing: str = "sample",
+        sharing: Sharing = "sample",
         memory: int | None = None,
         progress: bool = False,
     ) -> None:
@@ -175,11 +178,8 @@ class GradientNoise:
         """
         if self.table.quiet:
             return torch.zeros(self.n * self.draws, self.n * self.draws, dtype=self.dropout.dtype)
-        raw = self.table.gram().view(self.n, self.draws, self.n, self.draws)
-        raw -= raw.mean(1, keepdim=True)
-        raw -= raw.mean(3, keepdim=True)
-        raw *= 1.0 / (self.n**2 * (self.draws - 1))
-        return raw.view(len(self.table), len(self.table))
+        raw = kernels.center(self.table.gram(), self.draws, 1.0 / (self.n**2 * (self.draws - 1)))
+        return kernels.center(raw.T.contiguous(), self.draws)
 
     def variance_along(self, V: Tensor) -> list[Estimate]:
         """Variance of the full-batch gradient along directions, vᵀ(W/n)v for each column of V scaled to unit length.
@@ -234,26 +234,44 @@ class GradientNoise:
         """G = (K + 2N_e)/(K + 2), full-batch draws that one draw of every sample is worth."""
         return statistics.gain(self.effective_samples, self.kurtosis)
 
-    def eigsh(self, k: int = 10, tol: float = 1e-4, seed: int = 0, progress: bool | None = None) -> NoiseEigenpairs:
+    def eigsh(
+        self,
+        k: int = 10,
+        tol: float = 1e-4,
+        seed: int = 0,
+        *,
+        cross_validate: bool = True,
+        precision: Precision = "full",
+        progress: bool | None = None,
+    ) -> NoiseEigenpairs:
         """Return the k largest eigenpairs of ``dropout``, by the cheaper of Gram matrix and products.
 
         Args:
             k: number of pairs.
             tol: relative tolerance of the residuals.
             seed: seed of the start vector.
+            cross_validate: whether to find the cross-validated values, which double the time.
+            precision: ``"bf16"`` rounds the factors while the Gram matrix is formed: up to twice as fast where the CPU
+                multiplies bfloat16 natively, with residuals of some 10⁻³ of the largest eigenvalue.
             progress: whether to show a progress bar; by default as for the capture.
 
         Returns:
             The pairs, with cross-validated values where the Gram matrix was formed from 4 draws or more.
 
         Raises:
-            ValueError: if k is not in 1..dim, or tol not in (0, 1).
+            ValueError: if k is not in 1..dim, tol not in (0, 1), or ``precision`` is unknown.
         """
         from dropscope.operators.noise_spectrum import noise_eigenpairs
 
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= self.dropout.dim:
             raise ValueError(f"GradientNoise.eigsh: k must be an int in 1..{self.dropout.dim}, got {k!r}")
-        return noise_eigenpairs(self, k, tol, seed, self.progress if progress is None else progress)
+        if precision not in ("full", "bf16"):
+            raise ValueError(f"GradientNoise.eigsh: precision must be 'full' or 'bf16', got {precision!r}")
+        if not 0.0 < tol < 1.0:
+            raise ValueError(f"GradientNoise.eigsh: tol must lie in (0, 1), got {tol!r}")
+        return noise_eigenpairs(
+            self, k, tol, seed, precision, cross_validate, self.progress if progress is None else progress
+        )
 
     def split(self) -> Split:
         """Return the traces of ``dropout``, ``sampling`` and ``total``.

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from dropscope.estimate import Estimate
 from dropscope.factors import FactorBlock, Table
+from dropscope.factors.eigen import Precision, leading_eigenpairs
 from dropscope.operators import noise_statistics as statistics
-from dropscope.operators.base import SymmetricOperator
 from dropscope.spectral import Eigenpairs, EigenStatus, eigsh
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ class NoiseEigenpairs(Eigenpairs):
     is biased downwards. The two bracket the truth unless heavy_tailed.
 
     Attributes:
-        cross_validated: one for each pair; empty for fewer than 4 draws.
+        cross_validated: one for each pair; empty for fewer than 4 draws, or where products had to be used.
     """
 
     cross_validated: tuple[Estimate, ...] = ()
@@ -43,106 +42,67 @@ class NoiseEigenpairs(Eigenpairs):
         return "\n".join(lines)
 
 
-class _Dense(SymmetricOperator):
-    """A symmetric matrix."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix = matrix
-        self.dim, self.dtype, self.device, self.blocks = len(matrix), matrix.dtype, matrix.device, {}
-
-    def _matmat(self, V: Tensor) -> Tensor:
-        return self.matrix @ V
-
-
-def noise_eigenpairs(noise: GradientNoise, k: int, tol: float, seed: int, progress: bool) -> NoiseEigenpairs:
+def noise_eigenpairs(
+    noise: GradientNoise, k: int, tol: float, seed: int, precision: Precision, cross_validate: bool, progress: bool
+) -> NoiseEigenpairs:
     """See :meth:`GradientNoise.eigsh`."""
-    if not noise.table.quiet and gram_pays(noise.table, k):
-        found = _through_gram(noise, k, tol, seed, progress)
-        if found is not None:
-            return found
-    pairs = eigsh(noise.dropout, k, "LA", tol, seed=seed, progress=progress)
-    return NoiseEigenpairs(**vars(pairs))
+    table = noise.table
+    if table.quiet or not gram_pays(table, k):
+        pairs = eigsh(noise.dropout, k, "LA", tol, seed=seed, progress=progress)
+        return NoiseEigenpairs(**vars(pairs))
+    chunks = [chunk.blocks for chunk in table.chunks()]
+    # The residual of a pair of Σ is that of its pair of the Gram matrix times √(λ₁/λ): a tenth leaves room to λ₁/100.
+    found = leading_eigenpairs(chunks, table.draws, k, table.problem.dim, precision=precision, tol=0.1 * tol, seed=seed)
+    scale = float(found.values[0].abs())
+    converged = found.residuals <= tol * scale
+    crossed = _cross_validated(table, k, tol, seed, precision) if cross_validate and table.draws >= 4 else ()
+    return NoiseEigenpairs(
+        values=found.values,
+        vectors=found.vectors.to(noise.dropout.dtype),
+        residuals=found.residuals,
+        converged=converged,
+        status=EigenStatus.CONVERGED if bool(converged.all()) else EigenStatus.ROUNDING,
+        matvecs=1,
+        scale=scale,
+        tol=tol,
+        which="LA",
+        cross_validated=crossed,
+    )
 
 
 def gram_pays(table: Table, k: int) -> bool:
     """Whether forming the Gram matrix costs fewer operations than the products, and fits."""
     rows = len(table)
-    if k > rows or not table.complete or table.cache == "recompute":
+    rank = rows - table.n
+    if k > rank or not table.complete or table.cache in ("recompute", "disk"):
         return False
-    if 3 * rows * rows * 4 > table.budget:
+    if rows * rows * torch.empty(0, dtype=table.problem.dtype).element_size() > table.budget:
         return False
-    chunk = next(iter(table.chunks()))
     inner = 0
-    for block in chunk.blocks:
+    for block in next(iter(table.chunks())).blocks:
         if isinstance(block, FactorBlock):
-            T = block.B.shape[1]
-            inner += min(T * T * (block.A.shape[2] + block.B.shape[2]), block.A.shape[2] * block.B.shape[2])
+            T, d_in, d_out = block.B.shape[1], block.A.shape[2], block.B.shape[2]
+            inner += min(T * T * (d_in + d_out), d_in * d_out)
         else:
             inner += sum(c.stop - c.start for c in block.columns)
     return rows * inner < 4 * table.problem.dim * max(TYPICAL_MATVECS, 2 * k)
 
 
-def _through_gram(noise: GradientNoise, k: int, tol: float, seed: int, progress: bool) -> NoiseEigenpairs | None:
-    """Pairs from the Gram matrix K = XXᵀ of the centred rows; None if fewer than k eigenvalues are distinguishable."""
-    table, n, M = noise.table, noise.n, noise.draws
-    raw = table.gram()
-    K = _centred(raw, n, list(range(M)), M)
-    # The residual of a pair of Σ is that of its pair of K times √(λ₁/λ): a tenth leaves room down to λ₁/100.
-    small = eigsh(_Dense(K), k, "LA", 0.1 * tol, seed=seed, progress=progress)
-    del K
-    floor = len(raw) * torch.finfo(raw.dtype).eps * float(small.values[0])
-    if not float(small.values[-1]) > floor:
-        return None
-    # v = Xᵀu/√λ, and ‖Σv − λv‖ = ‖Xᵀ(Ku − λu)‖/√λ.
-    scale = 1.0 / (n * math.sqrt(M - 1) * small.values.sqrt())
-    S = statistics.centre(small.vectors.view(n, M, k), 1).reshape(n * M, k) * scale.to(raw.dtype)
-    out = torch.zeros(k, table.problem.dim, dtype=raw.dtype, device=raw.device)
-    for chunk in table.chunks():
-        chunk.accumulate(S[chunk.start * M : chunk.start * M + chunk.rows], out)
-    vectors = torch.linalg.qr(out.T).Q
-    vectors = vectors * torch.sign((vectors * out.T).sum(0))
-    residuals = small.residuals * (small.scale / small.values).sqrt()
-    converged = residuals <= tol * small.scale
-    status = EigenStatus.CONVERGED if bool(converged.all()) else small.status
-    if status is EigenStatus.CONVERGED and not bool(converged.all()):
-        status = EigenStatus.ROUNDING
-    pairs = replace(
-        small,
-        vectors=vectors.to(noise.dropout.dtype),
-        residuals=residuals,
-        converged=converged,
-        status=status,
-        tol=tol,
-    )
-    return NoiseEigenpairs(**vars(pairs), cross_validated=_cross_validated(raw, n, M, k, tol, seed))
-
-
-def _centred(raw: Tensor, n: int, draws: list[int], M: int) -> Tensor:
-    """Gram matrix of (g_im − ḡ_i)/(n √(M'−1)) over a subset of M' draws."""
-    count = len(draws)
-    X = raw.view(n, M, n, M)
-    X = X.clone() if count == M else X[:, draws][:, :, :, draws]
-    X -= X.mean(1, keepdim=True)
-    X -= X.mean(3, keepdim=True)
-    X *= 1.0 / (n * n * (count - 1))
-    return X.view(n * count, n * count)
-
-
-def _cross_validated(raw: Tensor, n: int, M: int, k: int, tol: float, seed: int) -> tuple[Estimate, ...]:
+def _cross_validated(table: Table, k: int, tol: float, seed: int, precision: Precision) -> tuple[Estimate, ...]:
     """Variance in each half of the draws along the eigenvectors of the other half."""
-    if M < 4:
+    M, n = table.draws, table.n
+    halves = (slice(0, M // 2), slice(M // 2, M))
+    counts = (M // 2, M - M // 2)
+    if k > n * (counts[0] - 1):
         return ()
-    halves = (list(range(M // 2)), list(range(M // 2, M)))
     sides = []
-    for mine, other in (halves, halves[::-1]):
-        K = _centred(raw, n, mine, M)
-        pairs = eigsh(_Dense(K), min(k, len(K)), "LA", tol, seed=seed)
-        if not float(pairs.values[-1]) > 0.0:
-            return ()
-        U = statistics.centre(pairs.vectors.view(n, len(mine), -1), 1).reshape(n * len(mine), -1)
-        across = raw.view(n, M, n, M)[:, other][:, :, :, mine].reshape(n * len(other), n * len(mine))
-        P = across @ (U / (n * math.sqrt(len(mine) - 1) * pairs.values.sqrt()).to(U.dtype))
-        sides.append(statistics.direction_estimates(P.view(n, len(other), -1), 1.0 / n**2))
+    for mine, other in ((0, 1), (1, 0)):
+        chunks = [[block.take(M, halves[mine]) for block in chunk.blocks] for chunk in table.chunks()]
+        found = leading_eigenpairs(chunks, counts[mine], k, table.problem.dim, precision=precision, tol=tol, seed=seed)
+        del chunks
+        Vt = found.vectors.T.contiguous()
+        P = torch.cat([chunk.project(Vt).view(chunk.samples, M, k)[:, halves[other]] for chunk in table.chunks()])
+        sides.append(statistics.direction_estimates(P, 1.0 / n**2))
     return tuple(mean_estimate(one, two) for one, two in zip(*sides, strict=True))
 
 
