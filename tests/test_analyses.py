@@ -13,8 +13,13 @@ from torch import Tensor, nn
 from dropscope import _files
 from dropscope.analyses import fit_power_law, hessian_variance, interval_flatness, variance_flatness
 from dropscope.analyses.alignment import MaskError, measure_alignment
+from dropscope.analyses.noise_source import noise_source
+from dropscope.masks import keep_probability
 from dropscope.operators.base import SymmetricOperator
+from dropscope.operators.gradient_noise import GradientNoise
+from dropscope.operators.hessian import Hessian
 from dropscope.problem import Problem
+from dropscope.spectral import eigsh
 
 F64 = torch.float64
 
@@ -297,3 +302,99 @@ def test_variance_flatness_refuses_bad_input() -> None:
         variance_flatness(problem, dense(torch.eye(3, dtype=F64)), k=1)
     with pytest.raises(ValueError, match=r"variance_flatness: k must be an int in \[1, 2\], got 0"):
         variance_flatness(problem, dense(torch.eye(2, dtype=F64)), k=0)
+
+
+# --- sampled noise -----------------------------------------------------------------------------------------------
+
+
+def toy(seed: int = 0) -> Problem:
+    """A network with 5 dropped units on 3 samples: 2⁵ masks each, so that everything about its noise is known."""
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Dropout(0.4), nn.Linear(5, 1)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=F64))
+    X, y = (torch.randn(3, width, generator=generator, dtype=F64) for width in (2, 1))
+    return Problem(model, nn.MSELoss(), (X, y))
+
+
+def exact_covariance(problem: Problem) -> Tensor:
+    """Σ = n⁻² Σ_i Cov(g_i) by summing over every mask, without any of the package's noise code."""
+    first, _, drop, last = problem.model
+    keep = keep_probability(drop.p)
+    (X, y), total = next(problem.batches()).content, torch.zeros(problem.dim, problem.dim, dtype=F64)
+    for x, target in zip(X, y, strict=True):
+        mean, second = torch.zeros(problem.dim, dtype=F64), torch.zeros(problem.dim, problem.dim, dtype=F64)
+        for bits in range(32):
+            mask = torch.tensor([bits >> u & 1 for u in range(5)], dtype=F64)
+            weight = float(torch.prod(torch.where(mask > 0, keep, 1.0 - keep)))
+            loss = (last(torch.tanh(first(x)) * mask / keep) - target).square().sum()
+            g = problem.flatten(torch.autograd.grad(loss, list(problem.params.values())))
+            mean, second = mean + weight * g, second + weight * torch.outer(g, g)
+        total += (second - torch.outer(mean, mean)) / 9.0
+    return total
+
+
+def test_noise_source_knows_the_bias_of_the_squared_norm() -> None:
+    # 120 repeats; the mean of the corrected estimates stays within 4 of its standard errors of the truth.
+    problem = toy()
+    truth = float(exact_covariance(problem).square().sum())
+    raw, corrected = [], []
+    for seed in range(120):
+        with GradientNoise(problem, draws=6, seed=seed) as noise:
+            source = noise_source(noise, "test")
+            raw.append(float(source.operator.to_dense().square().sum()))
+            corrected.append(raw[-1] - source.square_bias)
+    error = np.std(corrected) / math.sqrt(len(corrected))
+    assert abs(np.mean(corrected) - truth) < 4 * error
+    assert np.mean(raw) - truth > 4 * error, "the correction would not matter here"
+
+
+def test_alignment_of_sampled_noise_covers_the_exact_ratio_and_cosine() -> None:
+    # 80 repeats of jackknife intervals with 23 degrees of freedom; below 0.85 with probability below 1e-3 at 0.95.
+    problem = toy(1)
+    S, H = exact_covariance(problem), Hessian(problem)
+    dense_h = H.to_dense()
+    product = float((dense_h * S).sum())
+    ratio = product * problem.dim / float(dense_h.trace() * S.trace())
+    cosine = product / float(dense_h.norm() * S.norm())
+    top = eigsh(H, problem.dim, which="LA", tol=1e-8)
+    hits = np.zeros(2)
+    for seed in range(80):
+        with GradientNoise(problem, draws=24, seed=seed) as noise:
+            got = hessian_variance(H, noise, problem.dim, top=top, probes=2).alignment
+        for j, (estimate, truth) in enumerate(((got.ratio, ratio), (got.cosine, cosine))):
+            reach = 2.07 * estimate.stderr  # t(23), the probes being without error here
+            hits[j] += abs(estimate.value - truth) < reach
+    assert (hits / 80 > 0.85).all(), hits / 80
+
+
+def test_noise_and_its_dropout_operator_are_the_same_noise() -> None:
+    problem = toy(2)
+    H = Hessian(problem)
+    with GradientNoise(problem, draws=8, seed=0) as noise:
+        one, other = hessian_variance(H, noise, 5), hessian_variance(H, noise.dropout, 5)
+        assert [v.value for v in one.variances] == [v.value for v in other.variances]
+        assert other.variances[0].stderr > 0.0
+        plain = hessian_variance(H, 1.0 * noise.dropout, 5)
+    assert plain.variances[0].stderr == 0.0
+    assert plain.variances[0].value == pytest.approx(one.variances[0].value, rel=1e-9)
+
+
+def test_two_draws_give_values_without_errors() -> None:
+    problem = toy(3)
+    with GradientNoise(problem, draws=2, seed=0) as noise:
+        got = hessian_variance(Hessian(problem), noise, 4)
+    assert got.status == "no_error"
+    assert got.alignment.ratio.status == "no_error"
+    assert math.isfinite(got.alignment.ratio.value)
+
+
+def test_variance_flatness_takes_the_noise_by_its_own_route() -> None:
+    problem = toy(4)
+    with GradientNoise(problem, draws=32, seed=0) as noise:
+        got = variance_flatness(problem, noise, 4)
+        S = noise.dropout.to_dense()
+    values = torch.linalg.eigvalsh(S).flip(0)[:4]
+    torch.testing.assert_close(got.eigenvalues, values, rtol=1e-3, atol=1e-3 * float(values[0]))
+    assert all(v.stderr > 0.0 for v in got.variances)
