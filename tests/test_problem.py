@@ -381,6 +381,20 @@ def test_models_without_a_defect_pass_the_probes_in_float32():
     Problem(spectral, nn.CrossEntropyLoss(), (X, Y)).check(masks=True)
 
 
+def test_a_model_that_interpolates_passes_the_probes():
+    """Its losses of 1e-6 differ by a tenth when a batch is split, by the rounding of logits of 15."""
+    generator = torch.Generator().manual_seed(0)
+    means = F.one_hot(Y, 3).float() @ torch.randn(3, 400, generator=generator)
+    inputs = means + 0.1 * torch.randn(10, 400, generator=generator)
+    model = nn.Sequential(nn.Dropout(0.1), nn.Linear(400, 3))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.stack([means[c == Y].mean(0) for c in range(3)]) * 15 / 400)
+        model[1].bias.zero_()
+    problem = Problem(model, nn.CrossEntropyLoss(), (inputs, Y))
+    assert 0 < problem.risk() < 1e-5
+    problem.check(masks=True)
+
+
 class TestLeftAsFound:
     @pytest.mark.parametrize("name", cases.CASES)
     def test_after_a_computation(self, name):
