@@ -218,11 +218,14 @@ def _orthonormal(Y: Tensor, scale: float = 0.0) -> Tensor:
         if not keep.any():
             break
         parts.append(wide @ (W[:, keep] / squares[keep].sqrt()))
+        if floor >= 1e-12 * float(squares[-1]):
+            break
         wide = wide - parts[-1] @ (parts[-1].T @ wide)
+    if len(parts) < 3:
+        return parts[-1].to(Y.dtype)
     X = torch.cat(parts, 1)
     squares, W = torch.linalg.eigh(X.T @ X)
-    inverse_root: Tensor = W * squares.rsqrt()
-    return multiply(X, inverse_root).to(Y.dtype)
+    return multiply(X, W * squares.rsqrt()).to(Y.dtype)
 
 
 def _gram_residuals(K: Tensor, draws: int, values: Tensor, U: Tensor) -> Tensor:
