@@ -39,27 +39,38 @@ double sq_norm(const double* w, int64_t count) {
   return total(sum);
 }
 
-// out[r] = <q + r*stride, w>, R rows at once so that w is loaded once for all.
+// out[r] = <q + r*stride, w>, R rows at once so that w is loaded once for all. The rows `ahead` come next:
+// pieces of rows are too short for the hardware to see them coming. They may lie past the end: a prefetch
+// does not fault.
 template <int R, class T>
-void dots(const T* q, int64_t stride, const double* w, int64_t count, double* out) {
+void dots(const T* q, const T* ahead, int64_t stride, const double* w, int64_t count, double* out) {
   Doubles sums[R];
   for (int r = 0; r < R; ++r) sums[r] = splat8(0.0);
+  constexpr int64_t line = 64 / sizeof(T);
   int64_t j = 0;
-  for (; j + 8 <= count; j += 8) {
-    const Doubles v = load8(w + j);
-    for (int r = 0; r < R; ++r) sums[r] = add_product(sums[r], load8(q + r * stride + j), v);
+  for (; j + line <= count; j += line) {
+    for (int r = 0; r < R; ++r) __builtin_prefetch(ahead + r * stride + j);
+    for (int64_t i = j; i < j + line; i += 8) {
+      const Doubles v = load8(w + i);
+      for (int r = 0; r < R; ++r) sums[r] = add_product(sums[r], load8(q + r * stride + i), v);
+    }
   }
+  for (; j + 8 <= count; j += 8)
+    for (int r = 0; r < R; ++r) sums[r] = add_product(sums[r], load8(q + r * stride + j), load8(w + j));
   if (j < count)
     for (int r = 0; r < R; ++r)
       sums[r] = add_product(sums[r], load_rest(q + r * stride + j, count - j), load8(w + j));
   for (int r = 0; r < R; ++r) out[r] = total(sums[r]);
 }
 
-// w -= sum_r c[r] * (q + r*stride)
+// w -= sum_r c[r] * (q + r*stride); `ahead` as in dots.
 template <int R, class T>
-void remove(const T* q, int64_t stride, double* w, int64_t count, const double* c) {
+void remove(const T* q, const T* ahead, int64_t stride, double* w, int64_t count, const double* c) {
+  constexpr int64_t line = 64 / sizeof(T);
   int64_t j = 0;
   for (; j + 8 <= count; j += 8) {
+    if (j % line == 0)
+      for (int r = 0; r < R; ++r) __builtin_prefetch(ahead + r * stride + j);
     Doubles v = load8(w + j);
     for (int r = 0; r < R; ++r) v = subtract_product(v, splat8(c[r]), load8(q + r * stride + j));
     store8(w + j, v);
@@ -89,8 +100,12 @@ int orthogonalize(ConstMatrix Q, Matrix w, bool force, double* c, double* norm, 
     by_dtype(Q.dtype, [&](auto type) {
       const auto* q = static_cast<const decltype(type)*>(Q.data) + first;
       int64_t i = 0;
-      for (; i + 4 <= m; i += 4) dots<4>(q + i * Q.stride, Q.stride, v, count, sums + i);
-      for (; i < m; ++i) dots<1>(q + i * Q.stride, Q.stride, v, count, sums + i);
+      for (; i + 4 <= m; i += 4)
+        dots<4>(q + i * Q.stride, i + 4 < m ? q + (i + 4) * Q.stride : q + chunk_cols, Q.stride, v, count,
+                sums + i);
+      for (; i < m; ++i)
+        dots<1>(q + i * Q.stride, i + 1 < m ? q + (i + 1) * Q.stride : q + chunk_cols, Q.stride, v, count,
+                sums + i);
     });
     sums[m] = sq_norm(v, count);
   });
@@ -113,8 +128,12 @@ int orthogonalize(ConstMatrix Q, Matrix w, bool force, double* c, double* norm, 
     by_dtype(Q.dtype, [&](auto type) {
       const auto* q = static_cast<const decltype(type)*>(Q.data) + first;
       int64_t i = 0;
-      for (; i + 4 <= m; i += 4) remove<4>(q + i * Q.stride, Q.stride, v, count, c + i);
-      for (; i < m; ++i) remove<1>(q + i * Q.stride, Q.stride, v, count, c + i);
+      for (; i + 4 <= m; i += 4)
+        remove<4>(q + i * Q.stride, i + 4 < m ? q + (i + 4) * Q.stride : q + chunk_cols, Q.stride, v, count,
+                  c + i);
+      for (; i < m; ++i)
+        remove<1>(q + i * Q.stride, i + 1 < m ? q + (i + 1) * Q.stride : q + chunk_cols, Q.stride, v, count,
+                  c + i);
     });
     by_dtype(w.dtype, [&](auto type) {
       auto* out = static_cast<decltype(type)*>(w.data) + first;
