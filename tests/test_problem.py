@@ -382,17 +382,12 @@ def test_models_without_a_defect_pass_the_probes_in_float32():
 
 
 def test_a_model_that_interpolates_passes_the_probes():
-    """Its losses of 1e-6 differ by a tenth when a batch is split, by the rounding of logits of 15."""
-    generator = torch.Generator().manual_seed(0)
-    means = F.one_hot(Y, 3).float() @ torch.randn(3, 400, generator=generator)
-    inputs = means + 0.1 * torch.randn(10, 400, generator=generator)
-    model = nn.Sequential(nn.Dropout(0.1), nn.Linear(400, 3))
-    with torch.no_grad():
-        model[1].weight.copy_(torch.stack([means[c == Y].mean(0) for c in range(3)]) * 15 / 400)
-        model[1].bias.zero_()
-    problem = Problem(model, nn.CrossEntropyLoss(), (inputs, Y))
-    assert 0 < problem.risk() < 1e-5
-    problem.check(masks=True)
+    """Its losses of 1e-6 carry the rounding errors of logits, which may depend on the size of the batch."""
+
+    def loss(out, y):
+        return 1e-6 + 1e-8 * len(y) + 1e-9 * F.cross_entropy(out, y, reduction="none")
+
+    Problem(net(), loss, (X, Y)).check(masks=True)
 
 
 class TestLeftAsFound:
