@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,7 +123,7 @@ class _Solver:
     def matvecs(self) -> int:
         return self.krylov.steps + self.spent
 
-    def run(self, bar: tqdm[None], store: Checkpoint | None) -> Eigenpairs:
+    def run(self, bar: tqdm[Any], store: Checkpoint | None) -> Eigenpairs:
         if store is None or not store.load():
             self.krylov.start()
         try:
@@ -152,7 +153,7 @@ class _Solver:
         theta, S = theta[order], S[:, order]
         return _Ritz(theta, S, *self.krylov.residuals(S), float(theta.abs().max()))
 
-    def _examine(self, bar: tqdm[None]) -> Eigenpairs | None:
+    def _examine(self, bar: tqdm[Any]) -> Eigenpairs | None:
         """The result if it stands; everything that this changes is changed at once, at the end."""
         krylov, k = self.krylov, self.k
         due = krylov.broke or krylov.size == krylov.capacity or krylov.size % max(1, krylov.capacity // 64) == 0

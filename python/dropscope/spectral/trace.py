@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ def trace(
         return run(A, matvecs, seed, bar)
 
 
-def _hutchinson(A: SymmetricOperator, matvecs: int, seed: int, bar: tqdm[None]) -> Estimate:
+def _hutchinson(A: SymmetricOperator, matvecs: int, seed: int, bar: tqdm[Any]) -> Estimate:
     """Mean of vᵀ A v over Rademacher vectors."""
     values = torch.empty(0, dtype=torch.float64)
     for V in random_blocks(A, 0, matvecs, seed, "rademacher"):
@@ -79,7 +79,7 @@ def _hutchinson(A: SymmetricOperator, matvecs: int, seed: int, bar: tqdm[None]) 
     return _at_least_rounding(A, mean_estimate(values), float(values.abs().mean()))
 
 
-def _hutch_pp(A: SymmetricOperator, matvecs: int, seed: int, bar: tqdm[None]) -> Estimate:
+def _hutch_pp(A: SymmetricOperator, matvecs: int, seed: int, bar: tqdm[Any]) -> Estimate:
     """Tr Qᵀ A Q, plus Hutchinson on what is orthogonal to Q, an orthonormal basis of A Ω."""
     count = matvecs // 3
     Q = torch.empty(count, A.dim, dtype=A.dtype, device=A.device)
@@ -96,7 +96,7 @@ def _hutch_pp(A: SymmetricOperator, matvecs: int, seed: int, bar: tqdm[None]) ->
     return _at_least_rounding(A, Estimate(inside + rest.value, rest.stderr, rest.dof), abs(inside))
 
 
-def _xtrace(A: SymmetricOperator, matvecs: int, seed: int, bar: tqdm[None]) -> Estimate:
+def _xtrace(A: SymmetricOperator, matvecs: int, seed: int, bar: tqdm[Any]) -> Estimate:
     """Mean over i of tr Pᵢ A + |uᵢ|-corrected uᵢᵀ A uᵢ, Pᵢ onto the images of all vectors but ωᵢ, uᵢ = (I − Pᵢ) ωᵢ."""
     m = matvecs // 2
     Q = torch.empty(m, A.dim, dtype=A.dtype, device=A.device)
@@ -155,7 +155,7 @@ def leave_out(H: Tensor, R: Tensor, W: Tensor, squares: Tensor, dim: int) -> tup
     return t, H.trace() - aHa - bHb + (wr - 2 * cr + cHc) * scale
 
 
-def _sketch(A: SymmetricOperator, Q: Tensor, seed: int, bar: tqdm[None]) -> tuple[Tensor, Tensor, Tensor]:
+def _sketch(A: SymmetricOperator, Q: Tensor, seed: int, bar: tqdm[Any]) -> tuple[Tensor, Tensor, Tensor]:
     """Fill the rows of Q with an orthonormal basis of A Ω, Ω normal; R with A Ω = Q R, W = Qᵀ Ω, and ‖ωᵢ‖²."""
     m, eps = len(Q), torch.finfo(A.dtype).eps
     R = torch.zeros(m, m, dtype=torch.float64)
@@ -185,7 +185,7 @@ def _sketch(A: SymmetricOperator, Q: Tensor, seed: int, bar: tqdm[None]) -> tupl
     return R, W, squares
 
 
-def _compression(A: SymmetricOperator, Q: Tensor, bar: tqdm[None]) -> Tensor:
+def _compression(A: SymmetricOperator, Q: Tensor, bar: tqdm[Any]) -> Tensor:
     """Qᵀ A Q for the rows of Q, float64, symmetric."""
     parts = []
     for rows in torch.split(Q, WIDTH):
@@ -195,7 +195,7 @@ def _compression(A: SymmetricOperator, Q: Tensor, bar: tqdm[None]) -> Tensor:
     return (H + H.T) / 2
 
 
-def exact_diagonal(A: SymmetricOperator, bar: tqdm[None]) -> Tensor:
+def exact_diagonal(A: SymmetricOperator, bar: tqdm[Any]) -> Tensor:
     """The diagonal from dim products with unit vectors, float64 on the CPU."""
     parts = []
     for start in range(0, A.dim, WIDTH):
