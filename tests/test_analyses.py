@@ -213,6 +213,8 @@ def test_hessian_variance_refuses_bad_input() -> None:
         hessian_variance(A, dense(torch.eye(5, dtype=F64)), k=2)
     with pytest.raises(ValueError, match=r"hessian_variance: probes must be an int of at least 2, got 1"):
         hessian_variance(A, A, k=2, probes=1)
+    with pytest.raises(ValueError, match=r"hessian_variance: top must hold at least 3 eigenvectors of length 6"):
+        hessian_variance(A, A, k=3, top=eigsh(A, 2))
 
 
 # --- flatness ----------------------------------------------------------------------------------------------------
@@ -266,6 +268,8 @@ def test_interval_flatness_has_statuses_for_what_has_no_answer() -> None:
 
 def test_interval_flatness_refuses_bad_input() -> None:
     problem, V = bowl([1.0, 1.0]), torch.eye(2, dtype=F64)
+    with pytest.raises(TypeError, match=r"interval_flatness: problem must be a Problem, got Linear"):
+        interval_flatness(nn.Linear(1, 1), V)
     with pytest.raises(TypeError, match=r"interval_flatness: V must be a torch.Tensor of dtype torch.float64"):
         interval_flatness(problem, V.float())
     with pytest.raises(ValueError, match=r"interval_flatness: V must have shape \(2,\) or \(2, k\), got \(3, 3\)"):

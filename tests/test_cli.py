@@ -138,7 +138,8 @@ def test_demo_writes_and_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (asked[0].seed, asked[0].draws, asked[0].samples) == (7, 6, demo.Settings().samples)
     assert "initialisation" in got.stdout
     assert "dropscope demo --seed 7 --draws 6" in (tmp_path / "demo" / "report.html").read_text()
-    assert {p.name for p in (tmp_path / "demo").iterdir()} == {"report.html", "results.json", "arrays.safetensors"}
+    written = {p.name for p in (tmp_path / "demo").iterdir()}
+    assert written == {"report.html", "figures", "results.json", "arrays.safetensors"}
 
 
 def test_doctor_finds_this_installation_sound() -> None:

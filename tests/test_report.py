@@ -38,6 +38,7 @@ def test_page_is_self_contained_and_escaped(tmp_path) -> None:
     for said in ("Lead.", "λ<sup>0.97</sup>", "Caption.", "What is plotted.", "A note.", "dropscope demo"):
         assert said in text
     assert '<td class="heavy">1 †</td>' in text
+    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == ["p.pdf", "p.svg"]
 
 
 def test_figures_are_embedded_as_svg_and_are_reproducible() -> None:

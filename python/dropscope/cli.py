@@ -91,8 +91,8 @@ def main() -> None:
 def demo(out: Path, seed: int, samples: int | None, draws: int | None, as_json: bool, quiet: bool) -> None:
     """Train on digits with dropout; measure noise and curvature along the way.
 
-    Writes report.html, results.json and arrays.safetensors into --out. Rows that turn heavy-tailed on the way to
-    interpolation are part of what it shows: they are marked, and the exit code stays 0.
+    Writes report.html, figures, results.json and arrays.safetensors into --out. Rows that turn heavy-tailed on the way
+    to interpolation are part of what it shows: they are marked, and the exit code stays 0.
     """
     from dropscope import demo as module
     from dropscope import demo_page

@@ -146,7 +146,7 @@ class Training:
             if step % 5 and step < s.max_steps:
                 continue
             risk = self.problem.risk()
-            bar.set_postfix_str(f"training: step {step}, loss {risk:.3g}")
+            bar.set_postfix_str(f"training: step {step}, loss {risk:.3g}", refresh=step % 50 == 0)
             while waiting and risk <= waiting[0]:
                 yield f"loss {waiting.pop(0):g}", step, risk
             if not waiting:

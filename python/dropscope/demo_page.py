@@ -51,16 +51,21 @@ def relation_rows(checkpoints: Sequence[Checkpoint]) -> tuple[list[str], list[li
         law, inverse, a = c.relation.law, c.flatness.law, c.relation.alignment
         table.append([
             c.label,
-            f"{number(law.slope.value, 3)} ± {number(law.slope.stderr, 1)}",
+            exponent(law.slope),
             f"{law.r:.2f}",
             resolved(a.ratio),
             with_error(a.cosine),
             resolved(a.null),
-            f"{number(inverse.slope.value, 3)} ± {number(inverse.slope.stderr, 1)}",
+            exponent(inverse.slope),
             f"{inverse.r:.2f}".replace("-", "−"),
             f"{c.heavy} of {2 * len(c.noise_variances)} heavy-tailed †" if c.heavy else "ok",
         ])  # fmt: skip
     return columns, table
+
+
+def exponent(estimate: Estimate) -> str:
+    """An exponent with its standard error, to two decimals."""
+    return f"{estimate.value:.2f} ± {estimate.stderr:.2f}".replace("-", "−")
 
 
 def resolved(estimate: Estimate) -> str:
@@ -73,11 +78,12 @@ def terminal(checkpoints: Sequence[Checkpoint]) -> str:
     _, noise = noise_rows(checkpoints)
     short = ["", "loss", "test", "λ₁(H)", "dropout noise", "sampling noise", "Nₑ", "K", "G", "status"]
     kept = [0, 2, 3, 4, 6, 7, 8, 9, 10, 11]
-    relation_columns, relation = relation_rows(checkpoints)
+    columns, relation = relation_rows(checkpoints)
+    narrow = [0, 1, 2, 3, 4, 6, 7, 8]
     text = [
         text_table(short, [[row[i] for i in kept] for row in noise]),
         "",
-        text_table(relation_columns, relation),
+        text_table([columns[i] for i in narrow], [[row[i] for i in narrow] for row in relation]),
         "",
     ]
     cells = [cell for row in [*noise, *relation] for cell in row]
@@ -86,7 +92,7 @@ def terminal(checkpoints: Sequence[Checkpoint]) -> str:
 
 
 def write(checkpoints: Sequence[Checkpoint], settings: Settings, out: str | os.PathLike[str], command: str) -> Path:
-    """Write report.html, results.json and arrays.safetensors into ``out``; return the path of the report."""
+    """Write report.html, figures, results.json and arrays.safetensors into ``out``; return the path of the report."""
     out = Path(out)
     made = provenance(command, seed=settings.seed, settings=", ".join(f"{k}={v}" for k, v in asdict(settings).items()))
     _files.write_json(out / "results.json", results(checkpoints, made))
@@ -190,7 +196,8 @@ def headlines(checkpoints: Sequence[Checkpoint], settings: Settings) -> list[Hea
         Headline(f"{a.cosine.value:.2f}", "cosine of noise and Hessian",
                  f"± {number(a.cosine.stderr, 1)}; {number(a.null.value, 2)} for random eigenvectors, same spectra"),
         Headline(f"F^{inverse.slope.value:.2f}".replace("-", "−"), "noise falls with flatness F",
-                 f"variance along its own directions, exponent ± {inverse.slope.stderr:.2f}, r = {inverse.r:.2f}"),
+                 f"variance along its own directions, exponent ± {inverse.slope.stderr:.2f}, "
+                 f"r = {number(inverse.r, 2)}"),
         Headline(f"{number(largest.gain)} ×", "fewer gradients than by full-batch draws",
                  f"gain of per-sample masks at {largest.label}; {number(checkpoints[-1].gain)} × at "
                  f"{checkpoints[-1].label}"),

@@ -58,6 +58,7 @@ STYLE: dict[str, Any] = {
     "lines.linewidth": 1.4,
     "figure.dpi": 150,
     "svg.fonttype": "path",
+    "pdf.fonttype": 42,
     "svg.hashsalt": "dropscope",
 }
 

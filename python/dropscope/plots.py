@@ -201,7 +201,7 @@ def alignment(risks: Sequence[float], results: Sequence[HessianVariance]) -> Fig
         log_axis(axes, "y")
         axes.invert_xaxis()
         axes.set_xlabel(r"training loss $R$")
-        axes.legend(loc="best", handletextpad=0.3)
+        axes.legend(loc="center right", bbox_to_anchor=(1.0, 0.5), handletextpad=0.3)
     return figure
 
 

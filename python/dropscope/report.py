@@ -6,6 +6,7 @@ import base64
 import io
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from dropscope.estimate import Estimate
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+KINDS: tuple[Literal["svg", "pdf"], ...] = ("svg", "pdf")
 PACKAGES = ("numpy", "scipy", "matplotlib", "scikit-learn", "safetensors")
 
 
@@ -95,18 +97,33 @@ class Page:
         return environment.from_string(source).render(page=self)
 
     def write(self, path: str | os.PathLike[str]) -> Path:
-        """Write the page to ``path``."""
+        """Write the page to ``path``, and each figure as SVG and PDF into the folder ``figures`` beside it."""
+        for item in self.sections:
+            if isinstance(item, Plate):
+                name = re.sub(r"[^a-z0-9]+", "-", item.title.lower()).strip("-")
+                for kind in KINDS:
+                    _files.write_bytes(Path(path).parent / "figures" / f"{name}.{kind}", drawn(item.figure, kind))
         return _files.write_text(path, self.html())
 
 
 def svg_uri(figure: Figure) -> str:
     """A figure as a data URI; text is drawn as paths, so that it looks the same everywhere."""
+    return "data:image/svg+xml;base64," + base64.b64encode(drawn(figure, "svg")).decode()
+
+
+def drawn(figure: Figure, kind: Literal["svg", "pdf", "png"]) -> bytes:
+    """A figure as the bytes of a file, the same bytes each time."""
     from dropscope import plot_style
 
+    dates: dict[str, dict[str, Any]] = {
+        "svg": {"Date": None, "Creator": None},
+        "pdf": {"CreationDate": None},
+        "png": {},
+    }
     buffer = io.BytesIO()
     with plot_style.style():
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+        figure.savefig(buffer, format=kind, metadata=dates[kind])
+    return buffer.getvalue()
 
 
 def number(value: float, digits: int = 3) -> str:

@@ -15,11 +15,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dropscope.analyses.saving import save_result
+from dropscope.problem import Problem
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from dropscope.problem import Problem
 
 SideStatus = Literal["ok", "no_crossing", "below_range", "zero_loss"]
 
@@ -118,10 +117,12 @@ def interval_flatness(
         risk of zero at θ₀ gives NaN and the status ``"zero_loss"``.
 
     Raises:
-        TypeError: if V is not a tensor of the problem's dtype.
+        TypeError: if problem is not a Problem, or V not a tensor of its dtype.
         ValueError: if V has another length, a zero or non-finite column, or factor, level, reach or rtol are out of
             range.
     """
+    if not isinstance(problem, Problem):
+        raise TypeError(f"interval_flatness: problem must be a Problem, got {type(problem).__name__}")
     V = _directions(problem, V)
     if not factor > 1.0 or not math.isfinite(factor):
         raise ValueError(f"interval_flatness: factor must be a finite number > 1, got {factor!r}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dropscope.analyses.alignment import Alignment, MaskError, measure_alignment
-from dropscope.analyses.noise_source import NoiseSource, noise_source
+from dropscope.analyses.noise_source import NoiseSource, check_pairs, noise_source
 from dropscope.analyses.power_law import PowerLaw, fit_power_law
 from dropscope.analyses.saving import save_result
 from dropscope.estimate import Estimate, EstimateStatus
@@ -127,7 +127,7 @@ def hessian_variance(
 
     Raises:
         TypeError: if H is not an operator or noise is neither of the two.
-        ValueError: if sizes or dtypes differ, k is not in [1, dim] or probes < 2.
+        ValueError: if sizes or dtypes differ, k is not in [1, dim] probes < 2, or top does not fit.
 
     Example:
         >>> scale = torch.arange(1.0, 9.0, dtype=torch.float64)
@@ -152,6 +152,7 @@ def hessian_variance(
         from dropscope.spectral import eigsh
 
         top = eigsh(H, k, which="LA", tol=tol, seed=seed, progress=progress)
+    check_pairs(top, H.dim, k, "hessian_variance")
     order = torch.as_tensor(top.values).argsort(descending=True)[:k]
     V = top.vectors[:, order.to(top.vectors.device)]
     eigenvalues = torch.as_tensor(top.values).double().cpu()[order.cpu()]

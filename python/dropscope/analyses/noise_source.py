@@ -14,6 +14,7 @@ from dropscope.operators.base import SymmetricOperator
 
 if TYPE_CHECKING:
     from dropscope.operators.gradient_noise import GradientNoise
+    from dropscope.spectral import Eigenpairs
 
 
 @dataclass(frozen=True)
@@ -109,3 +110,11 @@ def noise_source(noise: GradientNoise | SymmetricOperator, caller: str) -> Noise
     if isinstance(owner, GradientNoise) and noise is owner.dropout:
         return NoiseSource(noise, owner)
     return NoiseSource(noise)
+
+
+def check_pairs(top: Eigenpairs, dim: int, k: int, caller: str) -> None:
+    """Raise ValueError unless ``top`` holds at least k pairs of length dim."""
+    if top.vectors.ndim != 2 or top.vectors.shape[0] != dim or top.vectors.shape[1] < k:
+        raise ValueError(
+            f"{caller}: top must hold at least {k} eigenvectors of length {dim}, got shape {tuple(top.vectors.shape)}"
+        )

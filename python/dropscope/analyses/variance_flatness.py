@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from dropscope.analyses.flatness import IntervalFlatness, interval_flatness
-from dropscope.analyses.noise_source import noise_source
+from dropscope.analyses.noise_source import check_pairs, noise_source
 from dropscope.analyses.power_law import PowerLaw, fit_power_law
 from dropscope.analyses.saving import save_result
 from dropscope.estimate import Estimate, EstimateStatus
 from dropscope.operators.base import SymmetricOperator
+from dropscope.problem import Problem
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from dropscope.operators.gradient_noise import GradientNoise
-    from dropscope.problem import Problem
     from dropscope.spectral import Eigenpairs
 
 
@@ -114,9 +114,11 @@ def variance_flatness(
         The relation, with ``.plot()``, ``.save()`` and ``.table()``.
 
     Raises:
-        TypeError: if noise is neither of the two.
+        TypeError: if problem is not a Problem, or noise is neither of the two.
         ValueError: if sizes or dtypes differ, k is not in [1, dim], or factor is not above 1.
     """
+    if not isinstance(problem, Problem):
+        raise TypeError(f"variance_flatness: problem must be a Problem, got {type(problem).__name__}")
     source = noise_source(noise, "variance_flatness")
     operator = source.operator
     if (operator.dim, operator.dtype) != (problem.dim, problem.dtype):
@@ -128,6 +130,7 @@ def variance_flatness(
         raise ValueError(f"variance_flatness: k must be an int in [1, {operator.dim}], got {k!r}")
     if top is None:
         top = _leading(noise, operator, k, tol, seed, progress)
+    check_pairs(top, operator.dim, k, "variance_flatness")
     values = torch.as_tensor(top.values).double().cpu()
     order = values.argsort(descending=True)[:k]
     V = top.vectors[:, order.to(top.vectors.device)]
