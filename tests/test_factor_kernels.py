@@ -271,7 +271,9 @@ def test_bfloat16_packing_rounds_to_nearest_even_and_keeps_nan():
     B = torch.randn(50, 40).bfloat16()
     B[3, 4], B[5, 6] = float("nan"), float("inf")
     S = torch.randn(50, 1)
+    B[:2], S[0], S[1] = 1.0, 1 + 2.0**-8, 1 + 2.0**-7 + 2.0**-8  # ties: to even is down, then up
     expected = (B.float() * S).bfloat16()
+    assert expected[:2, 0].tolist() == [1.0, 1 + 2.0**-6]
     assert torch.equal(
         tiles.scale_rows(B, S).view(torch.int16)[expected == expected], expected.view(torch.int16)[expected == expected]
     )
