@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -114,7 +115,7 @@ class _Solver:
         self.krylov = Krylov(A, capacity, seed=seed, full=full)
         self.share = 0.9  # of the tolerance that the recurrence may use; the rest is for what the true product adds
         self.spent = 0  # products made to confirm
-        self.discrepancy = 0.0  # norm of what the last combination's product showed beyond the recurrence
+        self.discrepancy = 0.0  # what the last combination's product showed beyond the known errors
         self.examined = 0  # step at which the Ritz pairs were looked at last
         self.accept_from = 0  # step before which a fresh random vector has not had its say
         self.settled: list[float] | None = None  # wanted values when the Krylov space last closed
@@ -190,7 +191,7 @@ class _Solver:
         """Hold the recurrence against true products: the result or None, products spent, share, discrepancy."""
         limit, estimates = self.tol * ritz.scale, ritz.estimates[: self.k]
         discrepancy, spent = self._combination(ritz), self.spent + 1
-        errors = ritz.errors[: self.k].clamp(min=CONFIRM * discrepancy)
+        errors = 2 * ritz.errors[: self.k] + CONFIRM * discrepancy
         bound, floor = estimates + errors, float(errors.max())
         if bool((bound <= limit).all()):
             return self._result(ritz, bound, EigenStatus.CONVERGED, spent), spent, self.share, discrepancy
@@ -204,15 +205,21 @@ class _Solver:
         return None, spent, max(0.1, 1.0 - 1.2 * floor / limit), discrepancy
 
     def _combination(self, ritz: _Ritz) -> float:
-        """Norm of A y − (what the recurrence says A y is) for y = Σ gᵢ vᵢ, g standard normal."""
+        """Hold A y against what the recurrence says it is, for y = Σ gᵢ vᵢ and g standard normal.
+
+        Returns:
+            The norm of the difference less twice what the known errors explain; 0 if they explain it.
+        """
         k, size, basis = self.k, self.krylov.size, self.krylov.basis
         g = torch.empty(k, dtype=torch.float64)
         kernels.probe(g, seed=self.seed, index=2**31 + self.matvecs, kind="normal")
-        S, theta = ritz.S[:, :k], ritz.theta[:k]
-        image = torch.cat((S @ (theta * g), (self.krylov.border @ (S @ g)).reshape(1)))
-        y = basis[:size].T @ (S @ g).to(basis)
-        gap = torch.addmv(self.krylov.product(y), basis[: size + 1].T, image.to(basis), alpha=-1)
-        return float(torch.linalg.vector_norm(gap, dtype=torch.float64))
+        S = ritz.S[:, :k]
+        s = S @ g
+        image = torch.cat((S @ (ritz.theta[:k] * g), (self.krylov.border @ s).reshape(1)))
+        product = self.krylov.product(basis[:size].T @ s.to(basis))
+        gap = torch.addmv(product, basis[: size + 1].T, image.to(basis), alpha=-1)
+        known = math.sqrt(max(0.0, float(s @ self.krylov.errors[:size, :size] @ s)))
+        return max(0.0, float(torch.linalg.vector_norm(gap, dtype=torch.float64)) - 2.0 * known)
 
     def _each(self, ritz: _Ritz) -> Tensor:
         """True residuals ‖A v − θ v‖ of the wanted pairs."""
@@ -233,7 +240,7 @@ class _Solver:
         ritz, spent = self._ritz(), self.spent
         if self.matvecs < self.budget:
             self.discrepancy, spent = self._combination(ritz), spent + 1
-        bound = ritz.estimates[: self.k] + ritz.errors[: self.k].clamp(min=CONFIRM * self.discrepancy)
+        bound = ritz.estimates[: self.k] + 2 * ritz.errors[: self.k] + CONFIRM * self.discrepancy
         done = bool((bound <= self.tol * ritz.scale).all())
         return self._result(ritz, bound, EigenStatus.CONVERGED if done else EigenStatus.MAX_MATVECS, spent)
 
