@@ -1,9 +1,10 @@
-"""torch's entry points while an interceptor is open: who runs, and what a checkpoint recomputes.
+"""torch's entry points while an interceptor is open: which modules run, and what a checkpoint recomputes.
 
-While at least one interceptor is open in a process, three entry points of torch are wrapped, and restored when the
-last one closes: ``nn.Module.__call__`` (to know the running module, exactly, whatever is raised) and the two entry
-points of ``torch.utils.checkpoint``, because torch switches function modes off inside backward, where checkpoints
-recompute. A wrapper does nothing in a thread that has no interceptor open. Compiled callables run eagerly meanwhile.
+The modules that run are read off Python's own stack, so they are right whatever is raised and nothing has to be hooked.
+torch switches function modes off inside backward, where activation checkpoints recompute; so while an interceptor is
+open in a process, the two entry points of ``torch.utils.checkpoint`` bind the function to its frame, and are restored
+when the last one closes. In a thread that has no interceptor open they do what they always do. Compiled callables run
+eagerly meanwhile.
 """
 
 from __future__ import annotations
@@ -13,29 +14,50 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.utils.checkpoint
 from torch import nn
 
-if TYPE_CHECKING:
-    from dropscope.intercept import Interceptor
+_CALL = nn.Module._call_impl.__code__
 
 
-class Frames(threading.local):
-    """What runs in this thread: modules with their arguments, and open interceptors, innermost last."""
+class Mode(AbstractContextManager[Any], Protocol):
+    """What a checkpoint must know of an interceptor."""
+
+    tally: dict[str, int]
+    recomputing: bool
+
+
+class Open(threading.local):
+    """The interceptors open in this thread, innermost last."""
 
     def __init__(self) -> None:
-        self.modules: list[tuple[nn.Module, tuple[Any, ...]]] = []
-        self.open: list[Interceptor] = []
+        self.modes: list[Mode] = []
 
 
-frames = Frames()
+here = Open()
+
+
+def running() -> Iterator[tuple[nn.Module, tuple[Any, ...]]]:
+    """The modules running in this thread and their arguments, innermost first.
+
+    A recomputation goes on with the modules that ran in its forward, without their arguments.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _CALL:
+            given = frame.f_locals
+            yield given["self"], (*given["args"], *given["kwargs"].values())
+        elif frame.f_code is _RECOMPUTE:
+            yield from ((module, ()) for module in frame.f_locals["self"].modules)
+            return
+        frame = frame.f_back  # type: ignore[assignment]
 
 
 class Patches:
-    """The wrapping, counted over all threads and nested contexts under one lock."""
+    """What is changed in torch, counted over all threads and nested contexts under one lock."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -47,21 +69,19 @@ class Patches:
         with self.lock:
             self.count += 1
             if self.count == 1:
-                checkpoint = torch.utils.checkpoint
-                self._wrap(nn.Module, "__call__", _tracked(nn.Module.__call__))
-                self._wrap(checkpoint, "CheckpointFunction", _BoundReentrant(checkpoint.CheckpointFunction))
-                generator = "_checkpoint_without_reentrant_generator"
+                checkpoint, generator = torch.utils.checkpoint, "_checkpoint_without_reentrant_generator"
                 if hasattr(checkpoint, generator + "_impl"):  # torch 2.15: the one that every caller goes through
                     generator += "_impl"
+                self._replace(checkpoint, "CheckpointFunction", _BoundReentrant(checkpoint.CheckpointFunction))
                 bound = _bound_generator(getattr(checkpoint, generator))
                 for module in (checkpoint, sys.modules.get("torch.distributed._composable.checkpoint_activation")):
                     if module is not None and hasattr(module, generator):
-                        self._wrap(module, generator, bound)
+                        self._replace(module, generator, bound)
             # Before Dynamo is imported there are no compiled callables. The stance is global, hence set here.
             if self.stance is None and "torch._dynamo" in sys.modules:
                 self.stance = torch.compiler.set_stance("force_eager")
 
-    def _wrap(self, owner: Any, name: str, value: Any) -> None:
+    def _replace(self, owner: Any, name: str, value: Any) -> None:
         self.saved.append((owner, name, getattr(owner, name)))
         setattr(owner, name, value)
 
@@ -80,20 +100,6 @@ class Patches:
 patches = Patches()
 
 
-def _tracked(call: Callable[..., Any]) -> Callable[..., Any]:
-    def tracked(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not frames.open:
-            return call(self, *args, **kwargs)
-        modules = frames.modules
-        modules.append((self, (*args, *kwargs.values())))
-        try:
-            return call(self, *args, **kwargs)
-        finally:
-            modules.pop()
-
-    return tracked
-
-
 class _BoundReentrant:
     """Stands for ``CheckpointFunction``: its function runs once in forward, then again in backward."""
 
@@ -104,7 +110,7 @@ class _BoundReentrant:
         return getattr(self.original, name)
 
     def apply(self, function: Callable[..., Any], *args: Any) -> Any:
-        if not frames.open:
+        if not here.modes:
             return self.original.apply(function, *args)
         frame = _Frame()
         forward = True
@@ -114,8 +120,7 @@ class _BoundReentrant:
             if forward:
                 forward = False
                 return function(*inputs)
-            with frame.resumed():
-                return function(*inputs)
+            return frame.recompute(function, inputs, {})
 
         return self.original.apply(bound, *args)
 
@@ -124,13 +129,12 @@ def _bound_generator(original: Callable[..., Any]) -> Callable[..., Any]:
     """The generator behind ``use_reentrant=False`` calls its function only to recompute."""
 
     def generator(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not frames.open:
+        if not here.modes:
             return original(function, *args, **kwargs)
         frame = _Frame()
 
         def bound(*inputs: Any, **named: Any) -> Any:
-            with frame.resumed():
-                return function(*inputs, **named)
+            return frame.recompute(function, inputs, named)
 
         return original(bound, *args, **kwargs)
 
@@ -141,24 +145,26 @@ class _Frame:
     """Where a checkpointed function stood in its forward: what its recomputation must find again."""
 
     def __init__(self) -> None:
-        self.modules = [(module, ()) for module, _ in frames.modules]  # arguments would keep activations alive
-        self.open = [(mode, dict(mode.tally)) for mode in frames.open]
+        self.modules = [module for module, _ in running()]
+        self.modes = [(mode, dict(mode.tally)) for mode in here.modes]
 
-    @contextlib.contextmanager
-    def resumed(self) -> Iterator[None]:
-        """Restore the frame, in whichever thread backward runs, inside or after the context."""
-        before = (frames.modules, frames.open, [(mode, mode.tally, mode.recomputing) for mode, _ in self.open])
+    def recompute(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the function in its frame, in whichever thread backward runs, inside or after the context."""
+        before = here.modes, [(mode, mode.tally, mode.recomputing) for mode, _ in self.modes]
         entered = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
         with contextlib.ExitStack() as stack:
             stack.enter_context(patches)
-            frames.modules, frames.open = list(self.modules), [mode for mode, _ in self.open]
+            here.modes = [mode for mode, _ in self.modes]
             try:
-                for mode, tally in self.open:
+                for mode, tally in self.modes:
                     mode.tally, mode.recomputing = dict(tally), True
                     if not any(mode is other for other in entered):
                         stack.enter_context(mode)
-                yield
+                return function(*args, **kwargs)
             finally:
-                frames.modules, frames.open = before[:2]
-                for mode, tally, recomputing in before[2]:
+                here.modes = before[0]
+                for mode, tally, recomputing in before[1]:
                     mode.tally, mode.recomputing = tally, recomputing
+
+
+_RECOMPUTE = _Frame.recompute.__code__

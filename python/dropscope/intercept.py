@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from dropscope.entry_points import frames, patches
+from dropscope.entry_points import here, patches, running
 
 _OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 _WRAPPED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -72,16 +72,11 @@ class Interceptor(TorchFunctionMode):
     @property
     def path(self) -> str:
         """Name of the innermost named module running; empty outside any."""
-        for module, _ in reversed(frames.modules):
+        for module, _ in running():
             name = self.names.get(id(module))
             if name is not None:
                 return name
         return ""
-
-    @property
-    def running(self) -> list[tuple[nn.Module, tuple[Any, ...]]]:
-        """The modules running in this thread and their arguments, innermost last."""
-        return frames.modules
 
     def __torch_function__(
         self,
@@ -100,12 +95,12 @@ class Interceptor(TorchFunctionMode):
         return func(*args, **kwargs) if kwargs else func(*args)
 
     def __enter__(self) -> Interceptor:
-        """Track module paths, bind checkpoints, run compiled callables eagerly; inside itself, only switch on again."""
+        """Bind checkpoints, run compiled callables eagerly, switch on; inside itself, only switch on again."""
         with contextlib.ExitStack() as stack:
-            if not any(self is mode for mode in frames.open):
+            if not any(self is mode for mode in here.modes):
                 stack.enter_context(patches)
-                frames.open.append(self)
-                stack.callback(frames.open.remove, self)
+                here.modes.append(self)
+                stack.callback(here.modes.remove, self)
             super().__enter__()  # type: ignore[no-untyped-call]
             self._entered.append(stack.pop_all())
         return self

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dropscope.entry_points import running
 from dropscope.intercept import Call, Handlers, Interceptor
 from dropscope.mask_op import UNITS_LIMIT, keep_rows, keep_threshold, mask_rows, select, wide
 
@@ -61,7 +62,7 @@ class Replay(Interceptor):
         threshold, site = keep_threshold(p), self.site(call)
         if threshold in (0, 65536):
             return select(torch.zeros((), dtype=torch.bool, device=x.device), threshold, x)
-        if is_parameter(call, x):
+        if is_parameter(x):
             return mask_rows(x, self.shared_stream(call, x.device), self.seed, site, threshold)
         dim = self.check(call, x.shape, dim)
         rows = mask_rows(x.movedim(dim, 0) if dim else x, self.streams(x.device), self.seed, site, threshold)
@@ -123,11 +124,11 @@ def arguments(call: Call, names: Sequence[str]) -> dict[str, Any]:
     return dict(zip(names, call.args, strict=False)) | call.kwargs
 
 
-def is_parameter(call: Call, x: Tensor) -> bool:
+def is_parameter(x: Tensor) -> bool:
     """Whether x is weights (DropConnect): a parameter, a view of one, or what functional_call put in its place."""
     if isinstance(x, nn.Parameter) or isinstance(x._base, nn.Parameter):
         return True
-    return any(x is other for module, _ in call.mode.running for other in module._parameters.values())
+    return any(x is other for module, _ in running() for other in module._parameters.values())
 
 
 _Kind = Callable[[Replay, Call, Tensor, float], Tensor]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from dropscope.entry_points import running
 from dropscope.intercept import Call, Handlers, attention_body
 from dropscope.mask_op import select, wide
 from dropscope.replay import arguments, described, replaying
@@ -93,7 +94,7 @@ def _recurrent(call: Call) -> Any:
 
 def _drop_packed(call: Call, x: Tensor, sizes: Tensor, data: Tensor, p: float) -> Tensor:
     """Dropout on packed rows; unit t·H + h of a sample, as if padded, so the mask does not depend on the padding."""
-    inputs = [item for _, given in call.mode.running for item in given if isinstance(item, PackedSequence)]
+    inputs = [item for _, given in running() for item in given if isinstance(item, PackedSequence)]
     source = next((packed for packed in inputs if packed.data is data), None)
     if source is None:
         raise ValueError(f"replay_dropout: {described(call)} must be called by its module: a packed batch is sorted")
