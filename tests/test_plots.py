@@ -116,6 +116,13 @@ def test_density_on_the_asinh_axis_keeps_the_mass() -> None:
     np.testing.assert_allclose(high, mean)
 
 
+def test_no_noise_is_drawn_as_none() -> None:
+    nothing = hessian_variance(diagonal(SCALE), diagonal(0.0 * SCALE), k=4)
+    assert math.isnan(nothing.law.slope.value)
+    assert nothing.plot().axes[0].get_yscale() == "linear"
+    assert isinstance(plots.noise_eigenvalues([Estimate(0.0, 0.0, scale=True)] * 3), Figure)
+
+
 def test_error_bars_survive_what_has_no_error() -> None:
     nothing = [Estimate(1.0, math.nan, 0.0, "no_error", scale=True), Estimate(2.0, 0.0, scale=True)]
     assert isinstance(plots.noise_eigenvalues(nothing), Figure)

@@ -119,6 +119,8 @@ def noise(problem: Problem, pairs: int, seed: int, draws: int, progress: bool = 
     text = f"{problem!r}\nrisk {number(risk, 6)}\n\n"
     text += "\n".join(f"{name:<30} {value}" for name, value in facts) + "\n\n" + text_table(columns, rows)
     text += "\n\n" + problem.plan()
+    if split.dropout.value == 0.0:
+        text += "\n\nThere is no dropout noise: the masks change no gradient of this model."
     return Measured(
         text,
         {
@@ -149,11 +151,8 @@ def relation(problem: Problem, pairs: int, seed: int, draws: int, factor: float,
     unsound += _heavy(_numbered("along curvature", curvature.variances))
     unsound += _heavy(_numbered("own direction", flatness.variances))
     facts = [
-        ["exponent of Var ~ λ(H)^s", f"{number(law.slope.value)} ± {number(law.slope.stderr, 2)}, r = {law.r:.2f}"],
-        [
-            "exponent of Var ~ F^s",
-            f"{number(inverse.slope.value)} ± {number(inverse.slope.stderr, 2)}, r = {inverse.r:.2f}",
-        ],
+        ["exponent of Var ~ λ(H)^s", f"{with_error(law.slope)}, r = {number(law.r, 2)}"],
+        ["exponent of Var ~ F^s", f"{with_error(inverse.slope)}, r = {number(inverse.r, 2)}"],
         ["Tr(HΣ) / Tr(HΣ̄)", with_error(a.ratio)],
         ["cosine of H and Σ", with_error(a.cosine)],
         ["the same by chance", with_error(a.null)],

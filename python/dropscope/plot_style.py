@@ -99,7 +99,12 @@ def single(width: float = 5.2, height: float = 3.6) -> tuple[Figure, Axes]:
 
 
 def log_axis(axes: Axes, which: Literal["x", "y"]) -> None:
-    """Log scale with a light grid at decades, or at 1, 2 and 5 where few decades are shown; at least one is."""
+    """Log scale with a light grid at decades, or at 1, 2 and 5 where few decades are shown; at least one is.
+
+    Where nothing is positive the scale stays linear.
+    """
+    if not math.isfinite(getattr(axes.dataLim, f"minpos{which}")):
+        return
     getattr(axes, f"set_{which}scale")("log")
     axis = getattr(axes, f"{which}axis")
     axis.set_major_locator(LogLocator(numticks=9))
