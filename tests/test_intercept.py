@@ -19,7 +19,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.utils.checkpoint import checkpoint
 
 import dropscope as ds
-from dropscope.entry_points import running
+from dropscope.entry_points import here, running
 from dropscope.intercept import Call, Interceptor, module_names
 
 KEY, IDS = ds.MaskKey(0, 3), torch.arange(7)
@@ -58,6 +58,7 @@ def nothing_stays_patched() -> Any:
     after = (nn.Module.__call__, checkpoints.CheckpointFunction, checkpoints._checkpoint_without_reentrant_generator)
     assert all(a is b for a, b in zip(before, after, strict=True))
     assert not torch.overrides._get_current_function_mode_stack()
+    assert not here.modes
 
 
 def gradients(net: nn.Module, inside: bool = False) -> list[Tensor]:
@@ -75,10 +76,11 @@ def gradients(net: nn.Module, inside: bool = False) -> list[Tensor]:
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("early", [True, False])
 def test_a_checkpoint_recomputes_the_same_masks(net: Net, reentrant: bool, inside: bool, early: bool) -> None:
-    expected = gradients(net)
+    model = nn.Sequential(net)  # so that the function runs in a module with a name
+    expected = gradients(model)
     net.wrap = functools.partial(checkpoint, use_reentrant=reentrant)
     with torch.utils.checkpoint.set_checkpoint_early_stop(early):
-        assert all(torch.equal(a, b) for a, b in zip(gradients(net, inside), expected, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(gradients(model, inside), expected, strict=True))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
