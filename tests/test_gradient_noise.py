@@ -278,7 +278,10 @@ def test_effective_samples_gain_and_repr():
             max(1.0, (noise.kurtosis + 2 * noise.effective_samples) / (noise.kurtosis + 2))
         )
         assert "draws=40" in repr(noise)
+        assert f"{noise.effective_samples:.4g} of {problem.n}" in str(noise)
+        assert repr(noise.trace) in str(noise)
     assert "closed" in repr(noise)
+    assert "closed" in str(noise)
     with pytest.raises(ValueError, match="closed"):
         _ = noise.dropout @ torch.zeros(problem.dim, dtype=torch.float64)
 

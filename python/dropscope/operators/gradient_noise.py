@@ -306,6 +306,15 @@ class GradientNoise:
             f"sharing={self.sharing!r}, seed={self.seed}, {state})"
         )
 
+    def __str__(self) -> str:
+        """Describe the noise as :func:`repr` does, with trace, effective samples, kurtosis and gain."""
+        if self._table is None:
+            return repr(self)
+        return (
+            f"{self!r}\n  trace              {self.trace!r}\n  effective samples  {self.effective_samples:.4g} "
+            f"of {self.n}\n  kurtosis           {self.kurtosis:.4g}\n  gain               {self.gain:.4g}"
+        )
+
     @cached_property
     def _sample_grams(self) -> Tensor:
         """⟨g_im, g_il⟩, float64 (n, M, M)."""
