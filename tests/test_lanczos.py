@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from dropscope.operators import SymmetricOperator
 from dropscope.spectral import Eigenpairs, EigenStatus, eigsh
+from dropscope.spectral.krylov import uninterrupted
 
 
 class Matrix(SymmetricOperator):
@@ -325,7 +327,7 @@ def test_saved_pairs_come_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_copies_are_found_when_the_pairs_converge_at_once(dtype: torch.dtype) -> None:
     top = torch.tensor([100.0, 100, 50, 50, 20])
-    A = Matrix(torch.cat((top, 1 / (1 + torch.arange(3000.0)))).to(dtype))
+    A = Matrix(torch.cat((top, torch.linspace(0, 0.01, 3000))).to(dtype))
     pairs = eigsh(A, 5)
     check(A, pairs)
     torch.testing.assert_close(pairs.values, top.double(), rtol=1e-5, atol=0)
@@ -353,3 +355,39 @@ def test_products_are_about_those_of_arpack() -> None:
         pairs = eigsh(Matrix(values.double()), 10, tol=max(worst, 1e-12), basis=25)
         assert pairs.status is EigenStatus.CONVERGED
         assert pairs.matvecs <= 1.25 * count[0] + 3
+
+
+def test_noise_of_the_products_is_not_taken_for_convergence() -> None:
+    A, generator = Matrix(spaced(20000)), torch.Generator().manual_seed(0)
+    noise = 40 * 3e-4 / math.sqrt(20000)
+
+    class Noisy(Matrix):
+        def _matmat(self, V: Tensor) -> Tensor:
+            return super()._matmat(V) + noise * torch.randn(V.shape, generator=generator, dtype=V.dtype)
+
+    pairs = eigsh(Noisy(A.M), 3, tol=1e-4)
+    assert pairs.status is EigenStatus.ROUNDING
+    assert not pairs.converged.any()
+    assert (pairs.residuals > 40 * 1e-4).all()
+
+
+def test_ctrl_c_waits_for_the_state_to_be_whole() -> None:
+    steps = []
+
+    def change() -> None:
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            steps.append("whole")
+        steps.append("never")
+
+    with pytest.raises(KeyboardInterrupt):
+        change()
+    assert steps == ["whole"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_progress_shows_converged_pairs_and_the_worst_residual(capsys: pytest.CaptureFixture[str]) -> None:
+    eigsh(Matrix(spaced(300)), 3, progress=True)
+    shown = capsys.readouterr().err
+    assert "3/3" in shown
+    assert "residual=" in shown
