@@ -90,18 +90,23 @@ void fill_rows(uint8_t* bits, const int64_t* streams, int64_t rows, int64_t bloc
 void pack(uint8_t* flat, const uint8_t* bits, int64_t rows, int64_t units, int64_t blocks) {
   uint64_t pending = 0;
   int held = 0;  // bits in `pending`, fewer than 8
-  for (int64_t row = 0; row < rows; ++row, bits += blocks)
-    for (int64_t unit = 0; unit < units; unit += 56) {
-      const int64_t count = units - unit < 56 ? units - unit : 56;
-      uint64_t piece;
-      std::memcpy(&piece, bits + unit / 8, 8);
-      pending |= (piece & ((uint64_t(1) << count) - 1)) << held;
-      held += static_cast<int>(count);
-      std::memcpy(flat, &pending, 8);
-      flat += held / 8;
-      pending >>= held & ~7;
-      held &= 7;
-    }
+  const auto append = [&](const uint8_t* from, int count, uint64_t mask) {
+    uint64_t piece;
+    std::memcpy(&piece, from, 8);
+    pending |= (piece & mask) << held;
+    held += count;
+    std::memcpy(flat, &pending, 8);
+    flat += held / 8;
+    pending >>= held & ~7;
+    held &= 7;
+  };
+  const int64_t whole = (units - 1) / 56 * 56;
+  const int rest = static_cast<int>(units - whole);
+  const uint64_t all = (uint64_t(1) << 56) - 1, last = (uint64_t(1) << rest) - 1;
+  for (int64_t row = 0; row < rows; ++row, bits += blocks) {
+    for (int64_t unit = 0; unit < whole; unit += 56) append(bits + unit / 8, 56, all);
+    append(bits + whole / 8, rest, last);
+  }
 }
 
 // use(row, unit, count, bits) for every piece of the rows. A piece starts at a multiple of 8 units of its
