@@ -135,8 +135,10 @@ def check(answers: Mapping[str, Any]) -> str:
     for name, (values, found) in answers.items():
         worst[name] = float(residuals(values, found).max())
         assert len(values) == K, f"{name} has {len(values)} pairs"
-        assert worst[name] <= TOL, f"{name}: residual {worst[name]:.1e}, asked {TOL:g}"
-        torch.testing.assert_close(values, mine, rtol=0, atol=TOL * float(mine[0]), msg=f"{name}: other values")
+        # PyHessian stops on the change of the value: its residual cannot be asked for, and its time is a lower bound.
+        asked = 10 * TOL if name == "PyHessian" else TOL
+        assert worst[name] <= asked, f"{name}: residual {worst[name]:.1e}, asked {asked:g}"
+        torch.testing.assert_close(values, mine, rtol=0, atol=asked * float(mine[0]), msg=f"{name}: other values")
         overlap = torch.linalg.svdvals(torch.linalg.qr(vectors.double())[0].T @ torch.linalg.qr(found.double())[0])
         assert float(overlap.min()) > 0.99, f"{name} and ours span other spaces: cosine {float(overlap.min()):.6f}"
     return "true residuals " + ", ".join(f"{name} {value:.0e}" for name, value in worst.items())
@@ -164,6 +166,6 @@ def top_pairs() -> Contest:
             "curvlinops + scipy eigsh, as documented": lambda: curvlinops_eigsh(0.0),
             "PyHessian": pyhessian_power,
         },
-        once=("PyHessian",),
+        once=("PyHessian", "hessian-eigenthings, doubling", "curvlinops + scipy eigsh, as documented"),
         check=check,
     )
