@@ -22,7 +22,7 @@ from dropscope import GradientNoise, Problem
 
 K = 10
 LOOP_DRAWS = 500
-DRAWS = 6
+DRAWS = 8
 REFERENCE_BATCHES, REFERENCE_DRAWS = 24, 8  # 192 draws of every sample, worth some 17000 full-batch draws here
 LOSS = 0.12
 
