@@ -391,3 +391,14 @@ def test_progress_shows_converged_pairs_and_the_worst_residual(capsys: pytest.Ca
     shown = capsys.readouterr().err
     assert "3/3" in shown
     assert "residual=" in shown
+
+
+def test_an_operator_may_return_its_argument() -> None:
+    class Identity(Matrix):
+        def _matmat(self, V: Tensor) -> Tensor:
+            return V
+
+    A = Identity(torch.ones(200, dtype=torch.float64))
+    pairs = eigsh(A, 4)
+    torch.testing.assert_close(pairs.values, torch.ones(4, dtype=torch.float64))
+    assert float((pairs.vectors.T @ pairs.vectors - torch.eye(4)).abs().max()) < 1e-12

@@ -90,8 +90,9 @@ class Krylov:
             ValueError: if the product is not finite, or the operator is not symmetric.
         """
         j, Q = self.size, self.basis
-        w = Q[j + 1]
-        w.copy_(self.product(Q[j]))
+        w = self.product(Q[j])
+        if w.untyped_storage().data_ptr() == Q.untyped_storage().data_ptr() or not w.is_contiguous():
+            w = w.clone(memory_format=torch.contiguous_format)  # an operator may return what it was given
         found, norm, _ = kernels.orthogonalize(Q[self.first : j + 1], w, force=True)
         found = found.cpu()
         coupling = found[:-1] - self.T[self.first : j, j]
@@ -117,9 +118,9 @@ class Krylov:
         if broke:
             gap, beta = math.hypot(gap, beta), 0.0
             if j + 1 < self.A.dim:
-                self._draw(w, j + 1, self.index)
+                self._draw(Q[j + 1], j + 1, self.index)
         else:
-            w.div_(beta)
+            torch.div(w, beta, out=Q[j + 1])
         with uninterrupted():
             self.T[j, j], self.errors[j, j] = alpha, gap * gap
             if j + 1 < self.capacity:
