@@ -55,7 +55,9 @@ def masks(units: int, dtype: torch.dtype = torch.float32, total: int = UNITS) ->
     )
 
 
-def register(name: str, work: str, units: int, within: float | None, threads: int, dtype: torch.dtype = torch.float32) -> None:
+def register(
+    name: str, work: str, units: int, within: float | None, threads: int, dtype: torch.dtype = torch.float32
+) -> None:
     def build() -> Contest:
         return masks(units, dtype)
 
