@@ -22,6 +22,8 @@ from dropscope.kernels.products import multiply
 Precision = Literal["full", "bf16"]
 # Columns of a block: enough to fill the vector units, few enough that a product costs one read of the matrix.
 _BLOCK = 16
+# Rows and columns of a tile of the Gram matrix.
+_TILE = 2048
 
 
 class GramEigenpairs(NamedTuple):
@@ -57,8 +59,9 @@ def leading_eigenpairs(
         draws: M ≥ 2; the M rows of a sample follow each other.
         k: number of pairs, at most n(M-1) and dim.
         dim: number of parameters.
-        precision: ``"bf16"`` rounds the factors of linear maps to bfloat16: twice as fast where the CPU multiplies
-            bfloat16 natively; Σ̂ is then perturbed by some 10⁻³ of its norm, which the residuals show.
+        precision: ``"bf16"`` rounds the factors of linear maps, and the Gram matrix, to bfloat16: twice as fast where
+            the CPU multiplies bfloat16 natively, in half the memory; Σ̂ is then perturbed by some 10⁻³ of its norm,
+            which the residuals show.
         tol: the iteration stops at residuals of tol times the largest eigenvalue.
         seed: seed of the first block.
 
@@ -77,9 +80,10 @@ def leading_eigenpairs(
         raise ValueError(f"leading_eigenpairs: precision must be 'full' or 'bf16', got {precision!r}")
     rounded = _joined([[_rounded(b) for b in chunk] for chunk in chunks] if precision == "bf16" else chunks)
     scale = 1.0 / ((rows // draws) ** 2 * (draws - 1))
-    K = gram_of(rounded, _dtype(chunks))
-    values, U = _block_lanczos(K, draws, k, tol, seed)
-    residuals = _gram_residuals(K, draws, values, U) * scale
+    dtype = _dtype(chunks)
+    K = _Gram(rounded, draws, dtype, torch.bfloat16 if precision == "bf16" else dtype)
+    values, U = _block_lanczos(K, k, tol, seed)
+    residuals = _gram_residuals(K, values, U) * scale
     del K
     Vt = U.new_zeros(k, dim)
     _accumulate(rounded, U, Vt)
@@ -92,21 +96,53 @@ def leading_eigenpairs(
     return GramEigenpairs(values, Vt.T, residuals.clamp(min=found))
 
 
-def gram_of(chunks: Sequence[Sequence[Block]], dtype: torch.dtype) -> Tensor:
-    """⟨g_r, g_q⟩ of all rows, (N, N)."""
-    ends = list(itertools.accumulate(chunk[0].rows for chunk in chunks))
-    at = [slice(end - chunk[0].rows, end) for chunk, end in zip(chunks, ends, strict=True)]
-    device = next(iter(chunks[0][0].tensors().values())).device
-    out = torch.zeros(ends[-1], ends[-1], dtype=dtype, device=device)
-    for i, j in itertools.combinations_with_replacement(range(len(chunks)), 2):
-        tile = out[at[j], at[i]]
-        kernels.gram_sum(_layers(chunks[j]), _layers(chunks[i]), tile)
-        for mine, other in zip(chunks[j], chunks[i], strict=True):
-            if not isinstance(mine, FactorBlock):
-                mine.add_gram(other, tile)
-        if i != j:
-            out[at[i], at[j]] = tile.T
-    return out
+class _Gram:
+    """CK of all rows, tile by tile on and below the diagonal; C subtracts each sample's mean over its draws.
+
+    Centred before it is stored, so that rounding to bfloat16 acts on the noise and not on the mean gradient beside it.
+    """
+
+    def __init__(self, chunks: Sequence[Sequence[Block]], draws: int, dtype: torch.dtype, storage: torch.dtype) -> None:
+        pieces = [piece for chunk in chunks for piece in _pieces(chunk, draws)]
+        ends = list(itertools.accumulate(piece[0].rows for piece in pieces))
+        self.at = [slice(end - piece[0].rows, end) for end, piece in zip(ends, pieces, strict=True)]
+        self.rows, self.draws, self.dtype = ends[-1], draws, dtype
+        self.device = next(iter(pieces[0][0].tensors().values())).device
+        layers = [_layers(piece) for piece in pieces]
+        self.tiles: dict[tuple[int, int], Tensor] = {}
+        for j, i in itertools.combinations_with_replacement(range(len(pieces)), 2):
+            tile = torch.zeros(pieces[i][0].rows, pieces[j][0].rows, dtype=dtype, device=self.device)
+            kernels.gram_sum(layers[i], layers[j], tile)
+            for mine, other in zip(pieces[i], pieces[j], strict=True):
+                if not isinstance(mine, FactorBlock):
+                    mine.add_gram(other, tile)
+            self.tiles[i, j] = kernels.center(tile, draws).to(storage)
+
+    def product(self, X: Tensor) -> Tensor:
+        """CKX for contrasts X, CX = X."""
+        out = torch.zeros_like(X)
+        for (i, j), stored in self.tiles.items():
+            tile = stored.to(self.dtype)
+            out[self.at[i]] += multiply(tile, X[self.at[j]])
+            if i != j:
+                out[self.at[j]] += multiply(X[self.at[i]].T, tile).T
+        return kernels.center(out, self.draws)
+
+
+def _pieces(chunk: Sequence[Block], draws: int) -> list[Sequence[Block]]:
+    """The chunk cut between samples, evenly, into pieces of about _TILE rows."""
+    samples = chunk[0].rows // draws
+    count = -(-chunk[0].rows // _TILE)
+    if count == 1:
+        return [chunk]
+    size = -(-samples // count)
+    return [[_samples(block, samples, slice(i, i + size)) for block in chunk] for i in range(0, samples, size)]
+
+
+def _samples(block: Block, samples: int, chosen: slice) -> Block:
+    """The rows of some of the block's samples."""
+    parts = {name: t.view(samples, -1, *t.shape[1:])[chosen].flatten(0, 1) for name, t in block.tensors().items()}
+    return block.replace(parts)
 
 
 def _layers(chunk: Sequence[Block]) -> list[tuple[Tensor, Tensor, bool]]:
@@ -157,22 +193,23 @@ def _product(chunks: Sequence[Sequence[Block]], draws: int, Vt: Tensor) -> Tenso
     return out
 
 
-def _block_lanczos(K: Tensor, draws: int, k: int, tol: float, seed: int) -> tuple[Tensor, Tensor]:
+def _block_lanczos(K: _Gram, k: int, tol: float, seed: int) -> tuple[Tensor, Tensor]:
     """Leading k eigenvalues, float64, and eigenvectors (N, k) of CKC, by block Lanczos with full orthogonalisation.
 
     The basis is small beside K, so it is kept orthogonal twice over and never restarted; it ends at the latest when
     it spans all contrasts of the draws. A block that adds nothing is replaced by a random one.
     """
-    N, generator = K.shape[0], torch.Generator().manual_seed(seed)
+    N, draws, generator = K.rows, K.draws, torch.Generator().manual_seed(seed)
     rank = N - N // draws
-    basis, T, X = K.new_zeros(0, N), K.new_zeros(0, 0, dtype=torch.float64), K.new_zeros(N, 0)
+    basis, X = (torch.zeros(shape, dtype=K.dtype, device=K.device) for shape in ((0, N), (N, 0)))
+    T = torch.zeros(0, 0, dtype=torch.float64, device=K.device)
     while True:
         if X.shape[1] == 0:
             X = torch.randn(N, max(_BLOCK, k + 6), generator=generator, dtype=K.dtype).to(K.device)
             X = _next_block(basis, kernels.center(X, draws), draws)
         X = X[:, : rank - len(basis)]
         basis, width = torch.cat((basis, X.T)), X.shape[1]
-        Y = kernels.center(multiply(K, X), draws)
+        Y = K.product(X)
         coefficients = multiply(basis, Y)
         T = _bordered(T, coefficients.double())
         Y = Y - multiply(basis.T, coefficients)
@@ -228,10 +265,10 @@ def _orthonormal(Y: Tensor, scale: float = 0.0) -> Tensor:
     return multiply(X, W * squares.rsqrt()).to(Y.dtype)
 
 
-def _gram_residuals(K: Tensor, draws: int, values: Tensor, U: Tensor) -> Tensor:
+def _gram_residuals(K: _Gram, values: Tensor, U: Tensor) -> Tensor:
     """‖GᵀCGv - λv‖ for v = GᵀCu/√λ: the norm of GᵀCr/√λ, r = CKCu - λu. Pairs of no variance have none."""
-    r = (kernels.center(multiply(K, U), draws).double() - U.double() * values).to(K.dtype)
-    squares = (r.double() * kernels.center(multiply(K, r), draws).double()).sum(0).clamp(min=0.0)
+    r = (K.product(U).double() - U.double() * values).to(K.dtype)
+    squares = (r.double() * K.product(r).double()).sum(0).clamp(min=0.0)
     empty = _empty(values, K.dtype)
     return torch.where(empty, 0.0, squares / torch.where(empty, 1.0, values)).sqrt()
 

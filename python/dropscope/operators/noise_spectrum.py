@@ -76,7 +76,7 @@ def gram_pays(table: Table, k: int) -> bool:
     rank = rows - table.n
     if k > rank or not table.complete or table.cache in ("recompute", "disk"):
         return False
-    if rows * rows * torch.empty(0, dtype=table.problem.dtype).element_size() > table.budget:
+    if rows * rows // 2 * torch.empty(0, dtype=table.problem.dtype).element_size() > table.budget:
         return False
     inner = 0
     for block in next(iter(table.chunks())).blocks:
