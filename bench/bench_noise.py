@@ -31,7 +31,7 @@ def problem() -> Problem:
     """784-500-500-10 with drop rate .2 on 1000 digits, at a training loss above .1."""
     model, x, y, loss = trained_mlp(LOSS)
     assert loss >= 0.1, loss
-    return Problem(model, nn.CrossEntropyLoss(), (x, y), batch_size=250)
+    return Problem(model, nn.CrossEntropyLoss(), (x, y), batch_size=125)
 
 
 def torch_loop(draws: int = LOOP_DRAWS) -> Tensor:

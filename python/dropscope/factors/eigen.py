@@ -156,7 +156,7 @@ def _dtype(chunks: Sequence[Sequence[Block]]) -> torch.dtype:
 
 def _joined(chunks: Sequence[Sequence[Block]]) -> Sequence[Sequence[Block]]:
     """One chunk in place of many small ones, whose products would be small; only where their shapes agree."""
-    if len(chunks) == 1 or min(chunk[0].rows for chunk in chunks) >= 1024:
+    if len(chunks) == 1 or min(chunk[0].rows for chunk in chunks) >= 512:
         return chunks
     shapes = {tuple((len(t) / b.rows, t.shape[1:]) for b in chunk for t in b.tensors().values()) for chunk in chunks}
     if len(shapes) > 1:
@@ -286,10 +286,12 @@ def _orthonormal_rows(Vt: Tensor, values: Tensor, seed: int) -> Tensor:
         basis: Tensor = torch.linalg.qr(Vt.T)[0]
         return basis.T
     G = Vt.new_zeros(len(Vt), len(Vt), dtype=torch.float64)
-    for start in range(0, Vt.shape[1], 1 << 13):
-        part = Vt[:, start : start + (1 << 13)]
+    parts = [Vt[:, start : start + (1 << 13)] for start in range(0, Vt.shape[1], 1 << 13)]
+    for part in parts:
         G += multiply(part, part.T).double()
     d = G.diagonal().rsqrt()
     squares, W = torch.linalg.eigh(d[:, None] * G * d)
     inverse_root: Tensor = (W * squares.rsqrt()) @ W.T * d
-    return multiply(inverse_root.to(Vt.dtype), Vt)
+    for part in parts:  # in place: a second set of vectors would be the most memory of all
+        part.copy_(multiply(inverse_root.to(Vt.dtype), part))
+    return Vt
