@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 import dropscope as ds
 from dropscope.losses import causal_lm
@@ -161,6 +162,59 @@ CASES = {
         Case("shared", Shared, nn.CrossEntropyLoss, _classes(7, 2, 3)),
     )
 }
+
+
+class Block(nn.Module):
+    """A hidden layer with dropout inside and after, which may be checkpointed."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.first, self.hidden, self.out = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.drop, self.reentrant = nn.Dropout(0.4), reentrant
+
+    def inner(self, x: Tensor) -> Tensor:
+        return self.hidden(self.drop(torch.tanh(x))).tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = self.inner(x) if self.reentrant is None else checkpoint(self.inner, x, use_reentrant=self.reentrant)
+        return self.out(self.drop(x))
+
+
+class DropConnect(nn.Module):
+    """Dropout on a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out = nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = F.dropout(self.first.weight, 0.5, self.training)
+        return self.out(F.linear(x, weight, self.first.bias).tanh())
+
+
+class LayerDrop(DropConnect):
+    """A layer left out as a whole."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        left_out = self.training and bool(torch.rand([]) < 0.5)
+        return self.out(torch.zeros(len(x), 4).to(x) if left_out else self.first(x).tanh())
+
+
+def checkpointed(reentrant: bool | None) -> Problem:
+    """A small network with a checkpointed block, or the same without (None), in float64."""
+    return Case(
+        "checkpointed", lambda: Block(reentrant), nn.CrossEntropyLoss, _classes(7, 3, 3), batch_size=4
+    ).problem()
+
+
+SHARED_MASKS = {"DropConnect": "dropout", "LayerDrop": "rand"}
+
+
+def shared_mask(name: str, **options: Any) -> Problem:
+    """A small network with a mask that all samples share, in float64, by the name of its class."""
+    model = {"DropConnect": DropConnect, "LayerDrop": LayerDrop}[name]
+    return Case(name, model, nn.CrossEntropyLoss, _classes(7, 3, 3), batch_size=4).problem(**options)
 
 
 def risk_function(problem: Problem, masks: ds.MaskKey | None = None) -> Callable[[Tensor], Tensor]:

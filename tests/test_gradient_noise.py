@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import dropscope as ds
-from cases import CASES, sample_gradients
+from cases import CASES, SHARED_MASKS, checkpointed, sample_gradients, shared_mask
 from dropscope.problem import Problem
 from dropscope.spectral import eigsh
 
@@ -56,6 +56,34 @@ def test_a_shared_mask_gives_the_covariance_of_full_gradients(name):
             _ = noise.sampling
         with pytest.raises(ValueError, match="sharing"):
             noise.batch(2)
+
+
+@pytest.mark.parametrize("cache", ["factors", "recompute"])
+@pytest.mark.parametrize("sharing", ["sample", "batch"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_change_nothing(reentrant, sharing, cache):
+    problem, plain = checkpointed(reentrant), checkpointed(None)
+    options = {"draws": M, "seed": 3, "sharing": sharing, "cache": cache}
+    with ds.GradientNoise(problem, **options) as noise, ds.GradientNoise(plain, **options) as expected:
+        assert expected.trace.value > 0
+        assert torch.equal(noise.dropout.to_dense(), expected.dropout.to_dense())
+    assert problem.routes == plain.routes
+
+
+@pytest.mark.parametrize("name", SHARED_MASKS)
+def test_masks_that_samples_share_are_refused_but_as_shared(name):
+    """DropConnect and LayerDrop: gradients of the samples of a batch are not independent given the weights."""
+    problem, passes = shared_mask(name), []
+    problem.check(masks=True)
+    problem.model.register_forward_hook(lambda *_: passes.append(0))
+    with pytest.raises(ValueError, match=f"independent across samples.*got {SHARED_MASKS[name]} in.*sharing='batch'"):
+        ds.GradientNoise(problem, draws=M)
+    assert not passes
+    with ds.GradientNoise(problem, draws=M, seed=3, sharing="batch") as noise:
+        G = torch.stack([problem.gradient(ds.MaskKey(3, m)) for m in range(M)])
+        centred = G - G.mean(0)
+        assert float(centred.norm()) > 0.01
+        torch.testing.assert_close(noise.dropout.to_dense(), centred.T @ centred / (M - 1), rtol=0, atol=1e-14)
 
 
 class Masked:

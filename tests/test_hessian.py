@@ -91,6 +91,42 @@ def test_a_fixed_mask_is_the_network_with_the_mask_written_out():
     assert (masked.to_dense() - Hessian(masked.problem).to_dense()).norm() > 0.01
 
 
+@pytest.mark.parametrize("key", KEYS, ids=str)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_change_nothing(reentrant, key):
+    """Neither kind can be differentiated twice, nor by dual numbers."""
+    problem = cases.checkpointed(reentrant)
+    V = random_vector(problem, 2)
+    for of in (Hessian, ds.GaussNewton):
+        assert torch.equal(of(problem, key) @ V, of(cases.checkpointed(None), key) @ V)
+    other = Hessian(problem, key)
+    other._forward_over_reverse = True
+    torch.testing.assert_close(other @ V, Hessian(problem, key) @ V, rtol=0, atol=1e-14)
+    torch.testing.assert_close(other.to_dense(), cases.dense_hessian(cases.checkpointed(None), key), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("key", KEYS, ids=str)
+def test_a_compiled_model_runs_eagerly(key):
+    """What aot_autograd compiles has no second derivative."""
+    plain = cases.checkpointed(None)
+    compiled = torch.compile(plain.model, backend="aot_eager")
+    compiled(torch.ones(4, 3, dtype=torch.float64))
+    problem = Problem(compiled, nn.CrossEntropyLoss(), plain.data._tensors, batch_size=4)
+    v = random_vector(plain)
+    assert torch.equal(Hessian(problem, key) @ v, Hessian(plain, key) @ v)
+
+
+@pytest.mark.parametrize("name", cases.SHARED_MASKS)
+def test_a_mask_that_samples_share(name):
+    problem = cases.shared_mask(name)
+    H = Hessian(problem, draws=4)
+    expected = torch.stack([cases.dense_hessian(problem, MaskKey(0, m)) for m in range(4)])
+    assert not torch.allclose(expected, expected[:1])
+    torch.testing.assert_close(H.to_dense(), expected.mean(0), rtol=0, atol=1e-13)
+    H._forward_over_reverse = True
+    torch.testing.assert_close(H.to_dense(), expected.mean(0), rtol=0, atol=1e-13)
+
+
 def test_draws_are_averaged():
     problem = cases.CASES["mlp"].problem()
     alone = torch.stack([Hessian(problem, MaskKey(4, m)).to_dense() for m in range(3)])

@@ -243,6 +243,29 @@ def test_a_mask_on_a_parameter_is_shared() -> None:
         model(x)
 
 
+def test_a_mask_on_a_childs_parameter_is_shared() -> None:
+    """As the layer's own weights, and as what functional_call puts in their place; whole or transposed."""
+
+    class Parent(nn.Module):
+        def __init__(self, turn: bool) -> None:
+            super().__init__()
+            self.child, self.turn = nn.Linear(N, N, bias=False), turn
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.child.weight
+            return F.dropout(weight.T).T @ x if self.turn else F.dropout(weight) @ x
+
+    for turn in (False, True):
+        model, outs = Parent(turn), []
+        values = torch.randn(N, N)
+        model.child.weight.data = values
+        for swapped in ({}, {"child.weight": values * 1.0}):
+            with replay_streams(0, make_streams(KEY.draw, torch.arange(N)), model=model) as mode:
+                outs.append(functional_call(model, swapped, (torch.eye(N),)))
+            assert mode.shared == {"dropout in module ''"}
+        assert torch.equal(*outs)
+
+
 def test_a_single_random_number_is_shared() -> None:
     """LayerDrop: the same number whatever the batch."""
     numbers = []

@@ -3,8 +3,9 @@
 The modules that run are read off Python's own stack, so they are right whatever is raised and nothing has to be hooked.
 torch switches function modes off inside backward, where activation checkpoints recompute; so while an interceptor is
 open in a process, the two entry points of ``torch.utils.checkpoint`` bind the function to its frame, and are restored
-when the last one closes. In a thread that has no interceptor open they do what they always do. Compiled callables run
-eagerly meanwhile.
+when the last one closes. In a thread that has no interceptor open they do what they always do. Where a graph is to be
+differentiated, :func:`direct_checkpoints` has them call the function and nothing else. Compiled callables run eagerly
+meanwhile.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ class Mode(AbstractContextManager[Any], Protocol):
 
 
 class Open(threading.local):
-    """The interceptors open in this thread, innermost last."""
+    """The interceptors open in this thread, innermost last, and whether checkpoints are passed over."""
 
     def __init__(self) -> None:
         self.modes: list[Mode] = []
+        self.direct = False
 
 
 here = Open()
@@ -100,6 +102,22 @@ class Patches:
 patches = Patches()
 
 
+@contextlib.contextmanager
+def direct_checkpoints() -> Iterator[None]:
+    """In this thread, checkpointed functions are simply called, so that their graph is that of any other function.
+
+    A checkpoint can recompute neither after the mode or the parameters of the model have been put back, nor, where it
+    is reentrant, for ``torch.autograd.grad``, a second derivative or dual numbers.
+    """
+    before = here.direct
+    with patches:
+        here.direct = True
+        try:
+            yield
+        finally:
+            here.direct = before
+
+
 class _BoundReentrant:
     """Stands for ``CheckpointFunction``: its function runs once in forward, then again in backward."""
 
@@ -109,7 +127,10 @@ class _BoundReentrant:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.original, name)
 
-    def apply(self, function: Callable[..., Any], *args: Any) -> Any:
+    def apply(self, function: Callable[..., Any], preserve: bool, *inputs: Any) -> Any:
+        args = preserve, *inputs
+        if here.direct:
+            return function(*inputs)
         if not here.modes:
             return self.original.apply(function, *args)
         frame = _Frame()
@@ -129,6 +150,8 @@ def _bound_generator(original: Callable[..., Any]) -> Callable[..., Any]:
     """The generator behind ``use_reentrant=False`` calls its function only to recompute."""
 
     def generator(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if here.direct:
+            return iter((None,))  # its caller calls the function between two steps of the generator
         if not here.modes:
             return original(function, *args, **kwargs)
         frame = _Frame()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from dropscope.intercept import Call, Handler
 from dropscope.masks import MaskKey
-from dropscope.randomness import Generators
+from dropscope.randomness import Generators, HiddenDrawError, name_random_ops
 
 if TYPE_CHECKING:
     from dropscope.data import Batch
@@ -43,7 +43,10 @@ def run(problem: Problem, batch: Batch, *, masks: bool) -> None:
 
 def repeat(problem: Problem, batch: Batch, key: MaskKey | None) -> None:
     """The same batch twice gives the same bits, wherever the random generators stand."""
-    first = _values(problem, batch, key)
+    try:
+        first = _values(problem, batch, key)
+    except HiddenDrawError as error:
+        raise ValueError(f"{error}{_drawn(problem, batch, key)}") from error
     torch.default_generator.manual_seed(1)
     if problem.device.type == "cuda":
         torch.cuda.default_generators[problem.device.index or 0].manual_seed(1)
@@ -54,12 +57,28 @@ def repeat(problem: Problem, batch: Batch, key: MaskKey | None) -> None:
             f"Problem: losses must repeat bit for bit {where}, got a difference of {_gap(first, second):.3g}: the "
             "model or the loss draws random numbers whatever the mode (F.dropout without training=self.training, added "
             "noise), or keeps a state from one call to the next; on CUDA try torch.use_deterministic_algorithms(True)"
+            f"{_drawn(problem, batch, key)}"
         )
 
 
+def _drawn(problem: Problem, batch: Batch, key: MaskKey | None) -> str:
+    """The random operations of torch that a pass reaches beside replayed ones, as the end of a message."""
+
+    def run() -> None:
+        with suppress(ValueError):
+            _values(problem, batch, key)
+
+    names = dict.fromkeys(name_random_ops(run))
+    return f": here {', '.join(names)}" if names else ""
+
+
 def split(problem: Problem, batch: Batch, key: MaskKey | None) -> None:
-    """A batch's losses are its parts' losses; under masks also, two draws at once are each of them alone."""
-    whole = _values(problem, batch, key, draws=1 if key is None else 2)
+    """A batch's losses are its parts' losses; under masks also, two draws at once are each of them alone.
+
+    Where samples share a mask, a pass has one draw; the noise then refuses to take samples as independent.
+    """
+    draws = 1 if key is None or problem.shared else 2
+    whole = _values(problem, batch, key, draws)
     cut = max(1, batch.size // 2)
     parts = [slice(0, cut), slice(cut, batch.size)] if batch.size > 1 else [slice(0, 1)]
     # Under masks a ValueError is a refusal of the replay, which says itself what it means.
@@ -68,7 +87,7 @@ def split(problem: Problem, batch: Batch, key: MaskKey | None) -> None:
         if key is None:
             alone = torch.cat([_values(problem, batch.select(part), None) for part in parts])
         else:
-            keys = (key, MaskKey(key.seed, key.draw + 1))
+            keys = [MaskKey(key.seed, key.draw + m) for m in range(draws)]
             alone = torch.stack([torch.cat([_values(problem, batch.select(p), k) for p in parts]) for k in keys], 1)
     except errors as error:
         raise ValueError(
@@ -79,7 +98,7 @@ def split(problem: Problem, batch: Batch, key: MaskKey | None) -> None:
     if gap > _slack(whole):
         raise ValueError(
             f"Problem: a batch's losses must be those of its parts, got a difference of {gap:.3g} in losses of "
-            f"{scale:.3g}: {_coupling(problem, key)}"
+            f"{scale:.3g}: {_coupling(problem)}"
         )
 
 
@@ -158,14 +177,11 @@ def _slack(values: Tensor) -> float:
     return math.sqrt(torch.finfo(values.dtype).eps) * max(0.01, float(values.abs().max()))
 
 
-def _coupling(problem: Problem, key: MaskKey | None) -> str:
+def _coupling(problem: Problem) -> str:
     for name, module in problem.model.named_modules():
         if isinstance(module, _NormBase) and module.running_mean is None:
             return f"{name!r} normalises over the batch also in eval mode (track_running_stats=False)"
-    masks = "" if key is None else " or a mask is shared by the batch (dropout on weights);"
-    return (
-        f"a layer couples the samples (batch statistics),{masks} or batch_dim={problem.batch_dim} is not the sample's"
-    )
+    return f"a layer couples the samples (batch statistics), or batch_dim={problem.batch_dim} is not the sample's"
 
 
 @contextmanager

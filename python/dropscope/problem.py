@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from dropscope import probes
 from dropscope.data import Batch, Batches
+from dropscope.entry_points import direct_checkpoints
 from dropscope.intercept import Handler, Interceptor
 from dropscope.losses import Loss, SampleLoss
 from dropscope.masks import MaskKey, Sharing, make_streams, replay_streams
@@ -31,6 +32,8 @@ class Problem:
 
     A mask key, not ``model.training``, switches dropout on: without one the model runs in eval mode; under one in
     train mode, with normalisation layers that couple samples in eval mode. The model is left as it was found.
+    Activation checkpoints are passed over, for they cannot be differentiated twice: to save memory, take smaller
+    batches. Compiled callables run eagerly.
 
     Args:
         model: any module; dim ``batch_dim`` of its inputs is the sample.
@@ -50,6 +53,7 @@ class Problem:
         dtype: dtype of the parameters.
         device: device of the parameters.
         sample: a few samples of the first batch, once :meth:`check` has run.
+        shared: calls whose mask all samples of a pass share (DropConnect, LayerDrop), as met under masks so far.
         routes: name -> how its per-sample gradients are taken and why; filled by the first noise measurement.
 
     Raises:
@@ -91,6 +95,7 @@ class Problem:
         self.loss = SampleLoss.of(loss, batch_dim, self.device)
         self.data = Batches(data, batch_size, batch_dim, self.device)
         self.routes: dict[str, str] = {}
+        self.shared: set[str] = set()
         self._weight: float | None = None  # known once the probes have passed
         self._masks_probed = False
         self.sample: Batch
@@ -184,6 +189,7 @@ class Problem:
         rows = batch.repeat(draws)
         with ExitStack() as stack:
             stack.enter_context(mode(self.model, train=masks is not None))
+            stack.enter_context(direct_checkpoints())
             if masks is not None:
                 draw = torch.arange(masks.draw, masks.draw + draws, device=self.device).repeat(batch.size)
                 replay = replay_streams(
@@ -194,14 +200,16 @@ class Problem:
                     batch_dim=self.batch_dim,
                     handlers=handlers,
                 )
-                stack.enter_context(replay)
+                interceptor = stack.enter_context(replay)
+                stack.callback(lambda: self.shared.update(interceptor.shared))
             elif handlers:
                 stack.enter_context(Interceptor(handlers, self.model))
             return *self._call(rows.content), rows.size
 
     def losses_of(self, output: Any, target: Any, rows: int) -> tuple[Tensor, Tensor]:
         """Return values and weights of outputs, as :meth:`sample_losses` does."""
-        values, weights = self.loss(output, target, rows)
+        with direct_checkpoints():
+            values, weights = self.loss(output, target, rows)
         if self.loss.reduction == "sum":
             weights = weights / (self.data.n or 1)
         return values, weights

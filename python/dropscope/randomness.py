@@ -72,6 +72,10 @@ RANDOM: Handlers = {
 """The functions that are refused by name because they cannot be replayed, and ``rand``."""
 
 
+class HiddenDrawError(ValueError):
+    """A pass moved a generator although no random function was seen."""
+
+
 def refuse_hidden(moved: list[str], mode: Interceptor) -> None:
     """Refuse a pass that moved a generator although no random function was seen, naming what can have hidden it."""
     if not moved:
@@ -82,7 +86,7 @@ def refuse_hidden(moved: list[str], mode: Interceptor) -> None:
         if isinstance(module, torch.jit.ScriptModule)
     ]
     seen = ", ".join(scripted + sorted(mode.operators)) or "code of Python, numpy or an extension"
-    raise ValueError(
+    raise HiddenDrawError(
         f"replay_dropout: the model must draw only what can be replayed, got a draw from {', '.join(moved)} hidden in "
         f"one of: {seen}; masks.name_random_ops names the operations of torch behind it"
     )

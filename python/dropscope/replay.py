@@ -125,10 +125,15 @@ def arguments(call: Call, names: Sequence[str]) -> dict[str, Any]:
 
 
 def is_parameter(x: Tensor) -> bool:
-    """Whether x is weights (DropConnect): a parameter, a view of one, or what functional_call put in its place."""
-    if isinstance(x, nn.Parameter) or isinstance(x._base, nn.Parameter):
+    """Whether x is weights (DropConnect): a parameter, a view of one, or what functional_call put in its place.
+
+    What was put there is looked for in the modules that run and in their children, whose weights a parent may take.
+    """
+    kin = [x] if x._base is None else [x, x._base]
+    if any(isinstance(tensor, nn.Parameter) for tensor in kin):
         return True
-    return any(x is other for module, _ in running() for other in module._parameters.values())
+    parts = (part for module, _ in running() for part in (module, *module.children()))
+    return any(tensor is other for part in parts for other in part._parameters.values() for tensor in kin)
 
 
 _Kind = Callable[[Replay, Call, Tensor, float], Tensor]

@@ -98,7 +98,8 @@ class Table:
         stored_draws: M, or 1 when quiet.
 
     Raises:
-        ValueError: if ``memory`` is too small, or a gradient is not finite.
+        ValueError: if ``memory`` is too small, a gradient is not finite, or samples share a mask under
+            ``sharing="sample"``.
     """
 
     def __init__(
@@ -111,6 +112,13 @@ class Table:
         memory: int | None,
         progress: bool,
     ) -> None:
+        problem.check(masks=True)
+        if sharing == "sample" and problem.shared:
+            raise ValueError(
+                "GradientNoise: masks must be independent across samples under sharing='sample', got "
+                f"{', '.join(sorted(problem.shared))}, one mask for all samples (dropout on weights, layers dropped as "
+                "a whole); use sharing='batch'"
+            )
         self.problem, self.seed, self.draws, self.sharing, self.progress = problem, seed, draws, sharing, progress
         free = free_memory(problem.device)
         self.budget = int(free * STORE_SHARE) if memory is None else memory

@@ -84,7 +84,8 @@ class GradientNoise:
 
     Raises:
         TypeError: if an argument is of the wrong kind.
-        ValueError: if draws < 2, an option is unknown, ``memory`` is too small, or a gradient is not finite.
+        ValueError: if draws < 2, an option is unknown, ``memory`` is too small, a gradient is not finite, or samples
+            share a mask (DropConnect, LayerDrop) under ``sharing="sample"``.
 
     Example:
         >>> from torch import nn
