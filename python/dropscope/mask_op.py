@@ -60,7 +60,11 @@ def keep_threshold(p: float) -> int:
 def keep_scale(threshold: int, dtype: torch.dtype) -> float:
     """65536/T rounded to the accumulation type of ``dtype``: float for 32 and 16 bits, double for 64."""
     exact = 65536.0 / threshold
-    return exact if dtype == torch.float64 else float(torch.tensor(exact, dtype=torch.float32))
+    if dtype == torch.float64:
+        return exact
+    # Rounded by hand to 24 bits, half to even: a tracer of older torch cannot read a number off a tensor.
+    fraction, exponent = math.frexp(exact)
+    return math.ldexp(round(math.ldexp(fraction, 24)), exponent - 24)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
