@@ -1,15 +1,24 @@
-// Krylov bases and probes. Sums run in double over chunks of fixed size, in fixed lanes: the same bits for
-// every thread count and instruction set.
+// Krylov bases and probes: the same bits for every thread count and instruction set, as all sums run over
+// chunks of fixed size in fixed lanes. Sums run in double; where basis and vector are float32 or bfloat16,
+// orthogonalize adds runs of 16 products a lane in float first, which keeps up with memory where conversions
+// of every element do not. A coefficient is then off by at most 17 * 2^-24 |w| = 1e-6 |w| and, rounding being
+// random, by about 2^-24 |w| / sqrt(dim), as from the rounding of w itself. Products that underflow in float
+// are lost.
 #include <cmath>
+#include <type_traits>
 
 #include "apply.hpp"
 #include "bitmap.hpp"
-#include "doubles.hpp"
+#include "floats.hpp"
 
 namespace dropscope {
 namespace {
 
-constexpr int64_t chunk_cols = 4096;  // of w in double: 32 KiB, which stay in the first cache
+// Columns a chunk: 64 KiB of w, which stay in the second cache, and pieces of rows long enough for the
+// hardware to see them coming.
+template <class Real>
+constexpr int64_t chunk_cols = (1 << 16) / sizeof(Real);
+constexpr int64_t run_cols = 256;  // summed in float
 
 // f(T{}) for the element type T: f32, f64 or bf16.
 template <class F>
@@ -33,80 +42,138 @@ void narrow_row(T* to, const double* from, int64_t count) {
   if (j < count) store_rest(to + j, load8(from + j), count - j);
 }
 
-double sq_norm(const double* w, int64_t count) {
-  Doubles sum = splat8(0.0);
-  for (int64_t j = 0; j < count; j += 8) sum = add_product(sum, load8(w + j), load8(w + j));
-  return total(sum);
+template <class T>
+double sq_norm(const T* w, int64_t count) {
+  Doubles sums[2] = {splat8(0.0), splat8(0.0)};
+  int64_t j = 0;
+  for (; j + 16 <= count; j += 16)
+    for (int i = 0; i < 2; ++i) sums[i] = add_product(sums[i], load8(w + j + 8 * i), load8(w + j + 8 * i));
+  double rest = 0.0;
+  for (; j < count; ++j) rest += static_cast<double>(w[j]) * static_cast<double>(w[j]);
+  return total(sums[0]) + total(sums[1]) + rest;
 }
 
-// out[r] = <q + r*stride, w>, R rows at once so that w is loaded once for all. The rows `ahead` come next:
-// pieces of rows are too short for the hardware to see them coming. They may lie past the end: a prefetch
-// does not fault.
+// out[r] = <q + r*stride, w>, R rows at once so that w is loaded once for all.
 template <int R, class T>
-void dots(const T* q, const T* ahead, int64_t stride, const double* w, int64_t count, double* out) {
+void dots(const T* q, int64_t stride, const double* w, int64_t count, double* out) {
   Doubles sums[R];
   for (int r = 0; r < R; ++r) sums[r] = splat8(0.0);
-  constexpr int64_t line = 64 / sizeof(T);
   int64_t j = 0;
-  for (; j + line <= count; j += line) {
-    for (int r = 0; r < R; ++r) __builtin_prefetch(ahead + r * stride + j);
-    for (int64_t i = j; i < j + line; i += 8) {
-      const Doubles v = load8(w + i);
-      for (int r = 0; r < R; ++r) sums[r] = add_product(sums[r], load8(q + r * stride + i), v);
-    }
+  for (; j + 8 <= count; j += 8) {
+    const Doubles v = load8(w + j);
+    for (int r = 0; r < R; ++r) sums[r] = add_product(sums[r], load8(q + r * stride + j), v);
   }
-  for (; j + 8 <= count; j += 8)
-    for (int r = 0; r < R; ++r) sums[r] = add_product(sums[r], load8(q + r * stride + j), load8(w + j));
-  if (j < count)
-    for (int r = 0; r < R; ++r)
-      sums[r] = add_product(sums[r], load_rest(q + r * stride + j, count - j), load8(w + j));
+  if (j < count) {
+    const Doubles v = load_rest(w + j, count - j);
+    for (int r = 0; r < R; ++r) sums[r] = add_product(sums[r], load_rest(q + r * stride + j, count - j), v);
+  }
+  for (int r = 0; r < R; ++r) out[r] = total(sums[r]);
+}
+template <int R, class T>
+void dots(const T* q, int64_t stride, const float* w, int64_t count, double* out) {
+  Doubles sums[R];
+  for (int r = 0; r < R; ++r) sums[r] = splat8(0.0);
+  for (int64_t j = 0; j < count;) {
+    const int64_t end = count - j < run_cols ? count : j + run_cols;
+    Floats run[R];
+    for (int r = 0; r < R; ++r) run[r] = splat16(0.0f);
+    for (; j + 16 <= end; j += 16) {
+      const Floats v = load16(w + j);
+      for (int r = 0; r < R; ++r) run[r] = add_product(run[r], load16(q + r * stride + j), v);
+    }
+    if (j < end) {
+      const Floats v = load_rest16(w + j, end - j);
+      for (int r = 0; r < R; ++r) run[r] = add_product(run[r], load_rest16(q + r * stride + j, end - j), v);
+      j = end;
+    }
+    for (int r = 0; r < R; ++r) sums[r] = add_halves(sums[r], run[r]);
+  }
   for (int r = 0; r < R; ++r) out[r] = total(sums[r]);
 }
 
-// w -= sum_r c[r] * (q + r*stride); `ahead` as in dots.
+// w -= sum_r c[r] * (q + r*stride).
 template <int R, class T>
-void remove(const T* q, const T* ahead, int64_t stride, double* w, int64_t count, const double* c) {
-  constexpr int64_t line = 64 / sizeof(T);
+void remove(const T* q, int64_t stride, double* w, int64_t count, const double* c) {
   int64_t j = 0;
   for (; j + 8 <= count; j += 8) {
-    if (j % line == 0)
-      for (int r = 0; r < R; ++r) __builtin_prefetch(ahead + r * stride + j);
     Doubles v = load8(w + j);
     for (int r = 0; r < R; ++r) v = subtract_product(v, splat8(c[r]), load8(q + r * stride + j));
     store8(w + j, v);
   }
   if (j == count) return;
-  Doubles v = load8(w + j);
+  Doubles v = load_rest(w + j, count - j);
   for (int r = 0; r < R; ++r) v = subtract_product(v, splat8(c[r]), load_rest(q + r * stride + j, count - j));
-  store8(w + j, v);
+  store_rest(w + j, v, count - j);
+}
+// A coefficient is the sum of two floats: rounded to one, it would leave 2^-24 of itself in w.
+template <int R, class T>
+void remove(const T* q, int64_t stride, float* w, int64_t count, const double* c) {
+  Floats high[R], low[R];
+  for (int r = 0; r < R; ++r) {
+    const float rounded = static_cast<float>(c[r]);
+    high[r] = splat16(rounded), low[r] = splat16(static_cast<float>(c[r] - rounded));
+  }
+  int64_t j = 0;
+  for (; j + 16 <= count; j += 16) {
+    Floats v = load16(w + j), rest = splat16(0.0f);
+    for (int r = 0; r < R; ++r) {
+      const Floats x = load16(q + r * stride + j);
+      v = subtract_product(v, high[r], x), rest = subtract_product(rest, low[r], x);
+    }
+    v = add(v, rest);
+    store16(w + j, v);
+  }
+  if (j == count) return;
+  Floats v = load_rest16(w + j, count - j), rest = splat16(0.0f);
+  for (int r = 0; r < R; ++r) {
+    const Floats x = load_rest16(q + r * stride + j, count - j);
+    v = subtract_product(v, high[r], x), rest = subtract_product(rest, low[r], x);
+  }
+  store_rest16(w + j, add(v, rest), count - j);
 }
 
-int64_t orthogonalize_chunks(int64_t cols) { return divide_up(cols, chunk_cols); }
+int64_t orthogonalize_chunks(int64_t cols) { return divide_up(cols, chunk_cols<double>); }
 
-// c = Q w, norm = |w|; then, where asked for or where a |c_i| > 1e-5 |w|, w -= Q^T c and its norm again.
-// Returns the reads of Q, 1 or 2. partial: double (chunks, rows + 1).
-int orthogonalize(ConstMatrix Q, Matrix w, bool force, double* c, double* norm, double* partial,
-                  Launch launch) {
-  const int64_t m = Q.rows, dim = w.cols, chunks = orthogonalize_chunks(dim);
-  const auto length = [&](int64_t chunk) {
-    return dim - chunk * chunk_cols < chunk_cols ? dim - chunk * chunk_cols : chunk_cols;
-  };
+// A chunk of w in Real: itself, or a copy in the buffer.
+template <class Real, class T>
+Real* widened(T* w, Real* buffer, int64_t count) {
+  if constexpr (std::is_same_v<Real, T>) {
+    (void)buffer, (void)count;
+    return w;
+  } else {
+    for (int64_t j = 0; j < count; ++j) buffer[j] = static_cast<Real>(widen(w[j]));
+    return buffer;
+  }
+}
+// Writes the copy back and rounds it to what was written.
+template <class Real, class T>
+void write_back(T* w, Real* v, int64_t count) {
+  if constexpr (std::is_same_v<Real, T>) {
+    (void)w, (void)v, (void)count;
+  } else {
+    for (int64_t j = 0; j < count; ++j) {
+      w[j] = narrow<T>(static_cast<float>(v[j]));
+      v[j] = static_cast<Real>(widen(w[j]));
+    }
+  }
+}
 
-  parallel_for(chunks, dim * (m + 1), launch.threads, [&](int64_t chunk) {
-    alignas(64) double v[chunk_cols];
-    const int64_t first = chunk * chunk_cols, count = length(chunk);
+template <class Real, class TQ, class T>
+int orthogonalize_in(ConstMatrix Q, T* w, int64_t dim, bool force, double* c, double* norm, double* partial,
+                     int threads) {
+  constexpr int64_t cols = chunk_cols<Real>;
+  const int64_t m = Q.rows, chunks = divide_up(dim, cols);
+  const auto length = [&](int64_t chunk) { return dim - chunk * cols < cols ? dim - chunk * cols : cols; };
+
+  parallel_for(chunks, dim * (m + 1), threads, [&](int64_t chunk) {
+    alignas(64) Real buffer[cols];
+    const int64_t first = chunk * cols, count = length(chunk);
     double* sums = partial + chunk * (m + 1);
-    by_dtype(w.dtype, [&](auto type) { widen_row(v, static_cast<decltype(type)*>(w.data) + first, count); });
-    by_dtype(Q.dtype, [&](auto type) {
-      const auto* q = static_cast<const decltype(type)*>(Q.data) + first;
-      int64_t i = 0;
-      for (; i + 4 <= m; i += 4)
-        dots<4>(q + i * Q.stride, i + 4 < m ? q + (i + 4) * Q.stride : q + chunk_cols, Q.stride, v, count,
-                sums + i);
-      for (; i < m; ++i)
-        dots<1>(q + i * Q.stride, i + 1 < m ? q + (i + 1) * Q.stride : q + chunk_cols, Q.stride, v, count,
-                sums + i);
-    });
+    const Real* v = widened(w + first, buffer, count);
+    const TQ* q = static_cast<const TQ*>(Q.data) + first;
+    int64_t i = 0;
+    for (; i + 4 <= m; i += 4) dots<4>(q + i * Q.stride, Q.stride, v, count, sums + i);
+    for (; i < m; ++i) dots<1>(q + i * Q.stride, Q.stride, v, count, sums + i);
     sums[m] = sq_norm(v, count);
   });
   double square = 0.0;
@@ -120,32 +187,40 @@ int orthogonalize(ConstMatrix Q, Matrix w, bool force, double* c, double* norm, 
   for (int64_t i = 0; i < m; ++i) needed |= !(std::fabs(c[i]) <= 1e-5 * *norm);  // a NaN counts as large
   if (!needed) return 1;
 
-  parallel_for(chunks, dim * (m + 1), launch.threads, [&](int64_t k) {
-    alignas(64) double v[chunk_cols];
+  parallel_for(chunks, dim * (m + 1), threads, [&](int64_t k) {
+    alignas(64) Real buffer[cols];
     const int64_t chunk = chunks - 1 - k;  // backwards: what was read last is still in cache
-    const int64_t first = chunk * chunk_cols, count = length(chunk);
-    by_dtype(w.dtype, [&](auto type) { widen_row(v, static_cast<decltype(type)*>(w.data) + first, count); });
-    by_dtype(Q.dtype, [&](auto type) {
-      const auto* q = static_cast<const decltype(type)*>(Q.data) + first;
-      int64_t i = 0;
-      for (; i + 4 <= m; i += 4)
-        remove<4>(q + i * Q.stride, i + 4 < m ? q + (i + 4) * Q.stride : q + chunk_cols, Q.stride, v, count,
-                  c + i);
-      for (; i < m; ++i)
-        remove<1>(q + i * Q.stride, i + 1 < m ? q + (i + 1) * Q.stride : q + chunk_cols, Q.stride, v, count,
-                  c + i);
-    });
-    by_dtype(w.dtype, [&](auto type) {
-      auto* out = static_cast<decltype(type)*>(w.data) + first;
-      narrow_row(out, v, count);
-      widen_row(v, out, count);
-    });
+    const int64_t first = chunk * cols, count = length(chunk);
+    Real* v = widened(w + first, buffer, count);
+    const TQ* q = static_cast<const TQ*>(Q.data) + first;
+    int64_t i = 0;
+    for (; i + 4 <= m; i += 4) remove<4>(q + i * Q.stride, Q.stride, v, count, c + i);
+    for (; i < m; ++i) remove<1>(q + i * Q.stride, Q.stride, v, count, c + i);
+    write_back(w + first, v, count);
     partial[chunk] = sq_norm(v, count);
   });
   square = 0.0;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) square += partial[chunk];
   *norm = std::sqrt(square);
   return 2;
+}
+
+// c = Q w, norm = |w|; then, where asked for or where a |c_i| > 1e-5 |w|, w -= Q^T c and its norm again.
+// Returns the reads of Q, 1 or 2. partial: double (chunks, rows + 1).
+int orthogonalize(ConstMatrix Q, Matrix w, bool force, double* c, double* norm, double* partial,
+                  Launch launch) {
+  int reads = 0;
+  by_dtype(Q.dtype, [&](auto of_basis) {
+    by_dtype(w.dtype, [&](auto of_vector) {
+      using TQ = decltype(of_basis);
+      using T = decltype(of_vector);
+      constexpr bool wide = std::is_same_v<TQ, double> || std::is_same_v<T, double>;
+      using Real = std::conditional_t<wide, double, float>;
+      reads = orthogonalize_in<Real, TQ>(Q, static_cast<T*>(w.data), w.cols, force, c, norm, partial,
+                                         launch.threads);
+    });
+  });
+  return reads;
 }
 
 constexpr int64_t rotate_buffer = 1 << 14;  // doubles: 128 KiB
