@@ -88,6 +88,10 @@ def test_scipy_finds_the_same_eigenvalues():
     np.testing.assert_allclose(op.matvec(x[:, :1].numpy()).ravel(), (A @ x[:, 0]).numpy(), rtol=1e-5, atol=1e-5)
 
 
+def test_repr_tells_kind_and_size():
+    assert repr(Dense(symmetric()).restrict("a")) == "Restricted(dim=2, torch.float64)"
+
+
 def test_from_callable():
     A = symmetric()
     op = SymmetricOperator.from_callable(lambda v: A @ v, dim=7, dtype=torch.float64)
@@ -111,6 +115,9 @@ def test_from_callable():
         (lambda: Dense(symmetric()) @ (vectors() / 0), ValueError, "v itself is not finite"),
         (lambda: Dense(symmetric() / 0) @ vectors(), ValueError, "got NaN or Inf .v is finite"),
         (lambda: Dense(symmetric()).restrict("c"), ValueError, r"names must be among \['a', 'b'\], got 'c'"),
+        (lambda: Dense(symmetric()).restrict([]), ValueError, "at least one parameter, got none"),
+        (lambda: Dense(symmetric()).restrict(["a", "*"]), ValueError, "each parameter once, got 'a' twice"),
+        (lambda: float("nan") * Dense(symmetric()), ValueError, "c must be finite, got nan"),
         (lambda: Dense(symmetric(), names=None).restrict("a"), ValueError, "must know parameter names"),
         (lambda: Dense(symmetric()) + Dense(symmetric(8)), ValueError, "the same dim, got 7 and 8"),
         (lambda: Dense(symmetric()) + Dense(symmetric().float()), ValueError, "the same dtype"),
@@ -139,5 +146,5 @@ def test_the_probe_sees_an_operator_that_draws_at_random():
         return A @ (v * (torch.rand(7, generator=generator, dtype=torch.float64) > 0.3))
 
     generator = torch.Generator().manual_seed(0)
-    with pytest.raises(ValueError, match="operator must be symmetric"):
+    with pytest.raises(ValueError, match="from_callable: fn must be symmetric"):
         SymmetricOperator.from_callable(product, 7, torch.float64)

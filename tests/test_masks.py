@@ -233,6 +233,12 @@ def test_library_ops() -> None:
     torch.library.opcheck(torch.ops.dropscope.keep.default, (rows, 6, -5, 7, 40000))
 
 
+def test_the_scale_of_kept_values_is_rounded_to_float() -> None:
+    exact = 65536.0 / torch.arange(1, 65537, dtype=torch.float64)
+    assert [mask_op.keep_scale(T, torch.float32) for T in range(1, 65537)] == exact.float().tolist()
+    assert [mask_op.keep_scale(T, torch.float64) for T in range(1, 65537)] == exact.tolist()
+
+
 def test_compiled_is_eager() -> None:
     """One graph, no break, first and second derivatives; other ids do not compile again."""
     torch._dynamo.reset()
@@ -252,6 +258,9 @@ def test_compiled_is_eager() -> None:
     dtype = torch.bfloat16
     half = torch.compile(lambda x: ds.dropout(x, 0.3, KEY), fullgraph=True, backend="aot_eager")
     assert torch.equal(half(X.to(dtype)), ds.dropout(X.to(dtype), 0.3, KEY))
+    torch._dynamo.reset()
+    breaks = torch._dynamo.explain(lambda x: ds.dropout(x, 0.3, KEY))(X.float())  # fullgraph lets scalars through
+    assert breaks.graph_break_count == 0
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

@@ -245,6 +245,8 @@ class TestParameters:
             (lambda m: m, "nothing*", ValueError, r"params must be among \['0.weight', .* got 'nothing\*'"),
             (lambda m: m, [], ValueError, "params must name at least one parameter"),
             (lambda m: m, [nn.Parameter(torch.ones(2))], ValueError, "that is not the model's"),
+            (lambda m: m, 3, TypeError, "params must be names, patterns or parameters, got 3"),
+            (lambda m: m, torch.ones(2), TypeError, "params must be names, patterns or parameters, got Tensor"),
             (lambda m: m, [3], TypeError, "params must be names, patterns or parameters, got int"),
             (lambda m: m[0].requires_grad_(False), "0.*", ValueError, "'0.weight' with requires_grad=False"),
             (lambda m: m[0].double(), None, TypeError, "parameters must have one dtype"),

@@ -156,3 +156,11 @@ def test_bad_input_is_refused_before_any_product(arguments: dict[str, object], m
     with pytest.raises(TypeError, match="trace: A must be a SymmetricOperator"):
         trace(A.M)  # type: ignore[arg-type]
     assert A.count == 0
+
+
+@pytest.mark.parametrize("method", ["xtrace", "hutch++"])
+def test_what_is_not_symmetric_is_refused(method: str) -> None:
+    M = torch.randn(150, 150, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with pytest.raises(ValueError, match="trace: A must be symmetric"):
+        trace(Matrix(M), method, matvecs=24)  # type: ignore[arg-type]
+    trace(Matrix(M + M.T), method, matvecs=24)  # type: ignore[arg-type]

@@ -39,6 +39,7 @@ def spectrum(
     problem: Problem, pairs: int, seed: int, tol: float, probes: int, steps: int, progress: bool = False
 ) -> Measured:
     """Leading eigenpairs, trace and density of the Hessian, dropout off."""
+    _check_pairs(problem, pairs)
     from dropscope import plots
 
     risk, H = problem.risk(), Hessian(problem)
@@ -88,6 +89,7 @@ def spectrum(
 
 def noise(problem: Problem, pairs: int, seed: int, draws: int, progress: bool = False) -> Measured:
     """The dropout noise: trace, split, effective samples, kurtosis, gain, leading eigenpairs."""
+    _check_pairs(problem, pairs)
     from dropscope import plots
 
     risk = problem.risk()
@@ -140,6 +142,7 @@ def noise(problem: Problem, pairs: int, seed: int, draws: int, progress: bool = 
 
 def relation(problem: Problem, pairs: int, seed: int, draws: int, factor: float, progress: bool = False) -> Measured:
     """Noise against curvature and against flatness."""
+    _check_pairs(problem, pairs)
     from dropscope import plots
 
     risk, H = problem.risk(), Hessian(problem)
@@ -201,6 +204,11 @@ def relation(problem: Problem, pairs: int, seed: int, draws: int, factor: float,
              provenance=provenance(seed=seed, draws=draws)),
         unsound,
     )  # fmt: skip
+
+
+def _check_pairs(problem: Problem, pairs: int) -> None:
+    if pairs > problem.dim:
+        raise ValueError(f"eigenpairs: k must be at most the number of parameters, {problem.dim}, got {pairs}")
 
 
 def _numbered(name: str, estimates: list[Estimate] | tuple[Estimate, ...]) -> dict[str, Estimate]:

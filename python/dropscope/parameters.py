@@ -27,7 +27,11 @@ def choose(model: nn.Module, params: Params | None) -> dict[str, nn.Parameter]:
         if not chosen:
             raise ValueError(f"Problem: model must have trainable parameters, got none among {len(every)}")
     else:
-        chosen = _select(model, every, [params] if isinstance(params, (str, nn.Parameter)) else list(params))
+        if not isinstance(params, Iterable):
+            raise TypeError(f"Problem: params must be names, patterns or parameters, got {params!r}")
+        # A tensor iterates over its rows, a string over its letters.
+        wanted = [params] if isinstance(params, (str, nn.Parameter)) else list(params)
+        chosen = _select(model, every, wanted)
     for name, p in chosen.items():
         if not p.is_floating_point():
             raise TypeError(f"Problem: parameters must be of a floating dtype, got {name!r} of {p.dtype}")

@@ -64,6 +64,9 @@ class SymmetricOperator(ABC):
         """(dim, dim)."""
         return self.dim, self.dim
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(dim={self.dim}, {self.dtype})"
+
     def to_scipy(self) -> LinearOperator:
         """Return a :class:`scipy.sparse.linalg.LinearOperator` on numpy vectors with the same products."""
         from scipy.sparse.linalg import LinearOperator
@@ -107,6 +110,8 @@ class SymmetricOperator(ABC):
     def __mul__(self, factor: float) -> SymmetricOperator:
         if not isinstance(factor, (int, float)):
             return NotImplemented
+        if not math.isfinite(factor):
+            raise ValueError(f"c * A: c must be finite, got {factor}")
         return Combination([(float(factor), self)])
 
     __rmul__ = __mul__
@@ -152,7 +157,7 @@ class FromCallable(SymmetricOperator):
         if not dtype.is_floating_point:
             raise TypeError(f"from_callable: dtype must be a floating dtype, got {dtype}")
         self.fn, self.dim, self.dtype, self.device, self.blocks = fn, dim, dtype, device, {}
-        check_symmetric(self)
+        check_symmetric(self, subject="from_callable: fn")
 
     def _matmat(self, V: Tensor) -> Tensor:
         columns = []
@@ -197,7 +202,12 @@ class Restricted(SymmetricOperator):
             matches = [b for b in operator.blocks if b == name or (name.endswith("*") and b.startswith(name[:-1]))]
             if not matches:
                 raise ValueError(f"restrict: names must be among {list(operator.blocks)}, got {name!r}")
+            repeated = [match for match in matches if match in chosen]
+            if repeated:
+                raise ValueError(f"restrict: names must choose each parameter once, got {repeated[0]!r} twice")
             chosen.update({match: operator.blocks[match] for match in matches})
+        if not chosen:
+            raise ValueError("restrict: names must choose at least one parameter, got none")
         self.operator, self.dtype, self.device = operator, operator.dtype, operator.device
         self.source = chosen
         self.blocks, start = {}, 0
@@ -213,12 +223,13 @@ class Restricted(SymmetricOperator):
         return torch.cat([image[where] for where in self.source.values()])
 
 
-def check_symmetric(operator: SymmetricOperator, seed: int = 0) -> None:
+def check_symmetric(operator: SymmetricOperator, seed: int = 0, subject: str = "operator") -> None:
     """Probe ⟨u, A v⟩ = ⟨A u, v⟩ on one random pair.
 
     Args:
         operator: the operator to probe.
         seed: seed of the pair.
+        subject: what the refusal calls it.
 
     Raises:
         ValueError: if the two inner products differ by more than rounding.
@@ -234,6 +245,6 @@ def check_symmetric(operator: SymmetricOperator, seed: int = 0) -> None:
     gap = abs(float(G[0, 1] - G[1, 0]))
     if gap > min(slack, 1e-2 * scale):
         raise ValueError(
-            f"operator must be symmetric: <u, Av> = {float(G[0, 1]):.6g} but <Au, v> = {float(G[1, 0]):.6g} "
+            f"{subject} must be symmetric, got <u, Av> = {float(G[0, 1]):.6g} and <Au, v> = {float(G[1, 0]):.6g} "
             f"on a random pair (rounding explains {slack:.2g})"
         )

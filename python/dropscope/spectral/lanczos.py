@@ -84,6 +84,8 @@ def eigsh(
     """
     basis = max(2 * k, k + 15) if basis is None and isinstance(k, int) else basis
     budget = _validate(A, k, which, tol, max_matvecs, seed, basis)
+    if checkpoint is not None and not isinstance(checkpoint, (str, os.PathLike)):
+        raise TypeError(f"eigsh: checkpoint must be a path or None, got {checkpoint!r}")
     assert basis is not None
     if A.dim <= basis and A.dim <= budget:
         return _dense(A, k, which, tol)
