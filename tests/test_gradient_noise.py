@@ -353,3 +353,22 @@ def test_bad_directions_and_counts_are_refused():
             noise.eigsh(1, tol=0.0)
         with pytest.raises(ValueError, match="size must be an int >= 1, got 0"):
             noise.batch(0)
+
+
+@pytest.mark.parametrize("cache", ["factors", "recompute"])
+def test_gradients_at_two_points_are_never_mixed(cache):
+    """Stored gradients stay those of the first measurement; what would have to be taken again is refused."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2))
+    problem = ds.Problem(model, nn.CrossEntropyLoss(), (torch.randn(6, 3), torch.arange(6) % 2))
+    v = torch.ones(problem.dim)
+    with ds.GradientNoise(problem, draws=4, cache=cache) as noise:
+        before = noise.dropout @ v
+        assert torch.equal(noise.dropout @ v, before)
+        with torch.no_grad():
+            model[2].bias[0] += 1e-3
+        if cache == "factors":
+            assert torch.equal(noise.dropout @ v, before)
+        else:
+            with pytest.raises(ValueError, match=r"got a change of '2\.bias'"):
+                noise.dropout @ v

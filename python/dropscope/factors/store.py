@@ -132,6 +132,7 @@ class Table:
         self.cache = self._choose(cache)
         self.folder: Path | None = None
         self._chunks: list[Chunk] | None = None
+        self._point: dict[str, tuple[float, float]] | None = None
 
     def __len__(self) -> int:
         """Number of rows stored, n·M."""
@@ -143,7 +144,13 @@ class Table:
         return not self.plan.names("matrix_free")
 
     def chunks(self) -> Iterator[Chunk]:
-        """The chunks, in the order of the samples."""
+        """The chunks, in the order of the samples.
+
+        Raises:
+            ValueError: if what is not stored is wanted again and the parameters have changed since the first pass.
+        """
+        if self.cache == "recompute" or not self.complete:
+            self._same_parameters()
         if self.cache == "recompute":
             yield from self._capture("noise")
             return
@@ -182,6 +189,23 @@ class Table:
         if self.folder is not None:
             self._finalizer()
             self.folder = None
+
+    def _same_parameters(self) -> None:
+        """Refuse to mix gradients at two points: a training step between two passes would go unnoticed."""
+        f64 = torch.float64
+        parameters = {name: p.detach() for name, p in self.problem.params.items()}
+        now = {
+            name: (float(p.sum(dtype=f64)), float(torch.linalg.vector_norm(p, dtype=f64)))
+            for name, p in parameters.items()
+        }
+        if self._point is None:
+            self._point = now
+        moved = [name for name, seen in now.items() if seen != self._point[name]]
+        if moved:
+            raise ValueError(
+                "GradientNoise: parameters must stay as they were at the first measurement when gradients are not "
+                f"stored, got a change of {moved[0]!r}; make a new GradientNoise"
+            )
 
     def _make_plan(self, batch: Batch) -> Plan:
         size = self.problem.dim * torch.empty(0, dtype=self.problem.dtype).element_size()
