@@ -264,7 +264,7 @@ class Problem:
             finite_sum(values, batch)
             parameters = list(self.params.values())
             grads = torch.autograd.grad(values.sum() / weight, parameters, materialize_grads=True)
-        flat = self.flatten(grads)
+        flat = self.flatten(grads).detach()  # older torch gives zeros in place of no gradient a graph
         self.require_finite(flat, batch)
         return flat
 

@@ -81,7 +81,7 @@ class GraphOperator(SymmetricOperator):
             for j, (vs, images) in enumerate(pairs):
                 product = graph.product(parameters, vs, keep=keep or j + 1 < len(pairs))
                 if product is not None:
-                    torch._foreach_add_(images, tuple(product))
+                    torch._foreach_add_(images, [part.detach() for part in product])
 
     def _parts(self, v: Tensor) -> list[Tensor]:
         """Views of a flat vector in the parameters' shapes."""
