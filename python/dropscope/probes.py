@@ -127,7 +127,7 @@ def gradient(problem: Problem, batch: Batch) -> None:
                 "Problem: losses must depend on the parameters, got losses without a graph (detach, no_grad, argmax?)"
             )
         grads = torch.autograd.grad(values.sum(), parameters, materialize_grads=True)
-    g = problem.flatten(grads)
+    g = problem.flatten(grads).detach()
     size = problem.flatten([torch.full_like(p, float(p.detach().double().square().mean().sqrt())) for p in parameters])
     size = size.masked_fill(size == 0, 1.0)
     generator = torch.Generator().manual_seed(0)
