@@ -107,7 +107,11 @@ def test_bad_options_are_refused(sound: Path) -> None:
     got = run("relation", sound, "-k", 2, "--factor", 0.5, "--quiet")
     assert got.exit_code == 2
     assert "factor must be" in got.stderr
-    assert run("demo", "--samples", 5).exit_code == 2
+    assert run("demo", "--samples", 5, "--out", sound.parent / "demo").exit_code == 2
+    (sound.parent / "file").write_text("")
+    got = run("noise", sound, "--out", sound.parent / "file" / "results")
+    assert got.exit_code == 2
+    assert "must be a folder that can be written" in got.stderr
 
 
 def test_errors_of_ours_are_not_hidden(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:

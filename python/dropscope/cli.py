@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import sys
 import traceback
@@ -64,6 +66,18 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
+def _folder(_: click.Context, option: click.Parameter, path: Path | None) -> Path | None:
+    """Make the folder before the work whose results it is for; one that was not there stays empty if that fails."""
+    if path is not None:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        except OSError as error:
+            raise click.BadParameter(f"must be a folder that can be written, got {error}", param=option) from error
+    return path
+
+
 def finish(unsound: list[str]) -> None:
     """Name what is not sound and leave with its code."""
     for line in unsound:
@@ -79,9 +93,7 @@ def main() -> None:
 
 
 @main.command(epilog=CODES)
-@click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("dropscope-demo"), show_default=True
-)
+@click.option("--out", type=FOLDER, callback=_folder, default=Path("dropscope-demo"), show_default=True)
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @click.option("--samples", type=int, default=None, help="Training samples.")
 @click.option("--draws", type=click.IntRange(4), default=None, help="Masks for every sample.")
@@ -113,9 +125,7 @@ def measurement(command: Callable[..., None]) -> Callable[..., None]:
         click.argument("file", type=click.Path(path_type=Path)),
         click.option("-k", "pairs", type=click.IntRange(1), default=10, show_default=True, help="Eigenpairs."),
         click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True),
-        click.option(
-            "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for results and a report."
-        ),
+        click.option("--out", type=FOLDER, callback=_folder, help="Folder for results and a report."),
         click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text."),
         click.option("--quiet", is_flag=True, help="No progress bars."),
     )[::-1]:
