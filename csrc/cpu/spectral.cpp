@@ -158,6 +158,31 @@ void write_back(T* w, Real* v, int64_t count) {
   }
 }
 
+// f(first, rows) for groups of four rows, the last of up to seven: a row alone would cost a pass over w.
+template <class F>
+void by_rows(int64_t m, const F& f) {
+  int64_t i = 0;
+  for (; m - i >= 8; i += 4) f(i, std::integral_constant<int, 4>{});
+  switch (m - i) {
+    case 1:
+      return f(i, std::integral_constant<int, 1>{});
+    case 2:
+      return f(i, std::integral_constant<int, 2>{});
+    case 3:
+      return f(i, std::integral_constant<int, 3>{});
+    case 4:
+      return f(i, std::integral_constant<int, 4>{});
+    case 5:
+      return f(i, std::integral_constant<int, 5>{});
+    case 6:
+      return f(i, std::integral_constant<int, 6>{});
+    case 7:
+      return f(i, std::integral_constant<int, 7>{});
+    default:
+      return;
+  }
+}
+
 template <class Real, class TQ, class T>
 int orthogonalize_in(ConstMatrix Q, T* w, int64_t dim, bool force, double* c, double* norm, double* partial,
                      int threads) {
@@ -171,9 +196,9 @@ int orthogonalize_in(ConstMatrix Q, T* w, int64_t dim, bool force, double* c, do
     double* sums = partial + chunk * (m + 1);
     const Real* v = widened(w + first, buffer, count);
     const TQ* q = static_cast<const TQ*>(Q.data) + first;
-    int64_t i = 0;
-    for (; i + 4 <= m; i += 4) dots<4>(q + i * Q.stride, Q.stride, v, count, sums + i);
-    for (; i < m; ++i) dots<1>(q + i * Q.stride, Q.stride, v, count, sums + i);
+    by_rows(m, [&](int64_t i, auto rows) {
+      dots<decltype(rows)::value>(q + i * Q.stride, Q.stride, v, count, sums + i);
+    });
     sums[m] = sq_norm(v, count);
   });
   double square = 0.0;
@@ -193,9 +218,9 @@ int orthogonalize_in(ConstMatrix Q, T* w, int64_t dim, bool force, double* c, do
     const int64_t first = chunk * cols, count = length(chunk);
     Real* v = widened(w + first, buffer, count);
     const TQ* q = static_cast<const TQ*>(Q.data) + first;
-    int64_t i = 0;
-    for (; i + 4 <= m; i += 4) remove<4>(q + i * Q.stride, Q.stride, v, count, c + i);
-    for (; i < m; ++i) remove<1>(q + i * Q.stride, Q.stride, v, count, c + i);
+    by_rows(m, [&](int64_t i, auto rows) {
+      remove<decltype(rows)::value>(q + i * Q.stride, Q.stride, v, count, c + i);
+    });
     write_back(w + first, v, count);
     partial[chunk] = sq_norm(v, count);
   });
