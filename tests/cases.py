@@ -279,3 +279,32 @@ def sample_gradients(problem: Problem, seed: int, draws: int, sharing: str = "sa
                 grads = torch.autograd.grad(values.sum() * problem.scale, parameters, materialize_grads=True)
                 rows.append(problem.flatten(grads))
     return torch.stack(rows).view(problem.n, draws, problem.dim)
+
+
+def net(p=0.3):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(p), nn.Linear(4, 3))
+
+
+def state(model):
+    """All that a problem must leave as it found it."""
+    return (
+        [(name, module.training, len(module._forward_hooks)) for name, module in model.named_modules()],
+        [(name, p.data_ptr(), p.requires_grad, p.grad, p.tolist()) for name, p in model.named_parameters()],
+        [(name, b.data_ptr(), b.tolist()) for name, b in model.named_buffers()],
+        torch.get_rng_state().tolist(),
+    )
+
+
+class Custom(nn.Module):
+    """A linear map followed by any function of (module, output, input)."""
+
+    def __init__(self, fn):
+        super().__init__()
+        self.map, self.fn = nn.Linear(3, 3), fn
+        self.register_buffer("count", torch.zeros(()))
+        self.state = 0.0
+
+    def forward(self, x):
+        return self.fn(self, self.map(x), x)

@@ -1,0 +1,164 @@
+"""The probes: every way in which model, loss and data fail to make one risk, and checkpoints and shared masks."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import random
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+import cases
+from cases import Custom, net, state
+from dropscope.masks import MaskKey, replay_dropout
+from dropscope.problem import Problem
+
+KEYS = [None, MaskKey(3, 2)]
+X, Y = torch.randn(10, 3, generator=torch.Generator().manual_seed(0)), torch.arange(10) % 3
+
+
+def remember(module, out, x):
+    module.state = module.state + 0.1
+    return out * (1 + module.state)
+
+
+def count(module, out, x):
+    module.count += 1
+    return out
+
+
+def straight_through(module, out, x):
+    w = module.map.weight
+    return F.linear(x, w + ((w * 4).round() / 4 - w).detach(), module.map.bias)
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)
+
+    @torch.jit.script
+    def hidden_dropout(x: torch.Tensor, training: bool):
+        return F.dropout(x, 0.5, training)
+
+
+PROBES = [
+    (Custom(lambda m, out, x: F.dropout(out, 0.5)), None, "repeat bit for bit in eval mode.*random numbers"),
+    (Custom(remember), None, "repeat bit for bit.*keeps a state"),
+    (Custom(lambda m, out, x: out - out.mean(0)), None, "must be those of its parts.*couples the samples"),
+    (
+        nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, track_running_stats=False)),
+        None,
+        "must be those of its parts.*'1' normalises over the batch",
+    ),
+    (Custom(lambda m, out, x: out * 2 if m.training else out), MaskKey(0), "every p=0 must equal eval mode"),
+    (
+        Custom(lambda m, out, x: F.linear(x, m.map.weight.detach()) + 0 * out),
+        None,
+        "must be the derivative of the loss",
+    ),
+    (Custom(straight_through), None, "must be the derivative of the loss"),
+    (Custom(lambda m, out, x: out.detach()), None, "must depend on the parameters, got losses without a graph"),
+    (Custom(count), None, r"must not write to buffers, got a change of \['count'\]"),
+    (Custom(lambda m, out, x: hidden_dropout(out, True)), None, r"random numbers.*: here aten.bernoulli_.float$"),
+    (Custom(lambda m, out, x: hidden_dropout(out, m.training)), MaskKey(0), r"CPU.*behind it: here aten.bernoulli_.fl"),
+    (
+        Custom(lambda m, out, x: out * torch.ops.aten.bernoulli.p(out, 0.5) if m.training else out),
+        MaskKey(0),
+        r"hidden in one of: aten.bernoulli.p in module ''.*: here aten.bernoulli.p$",
+    ),
+    (Custom(lambda m, out, x: out * random.random() if m.training else out), MaskKey(0), "Python's random.*behind it$"),
+]
+
+
+@pytest.mark.parametrize(("model", "key", "message"), PROBES)
+def test_probes_say_what_is_wrong(model, key, message):
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        Problem(model.train(), nn.CrossEntropyLoss(), (X, Y)).gradient(key)
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("key", KEYS, ids=str)
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("draws", [1, 3])
+def test_checkpoints_change_nothing(reentrant, key, draws):
+    plain, other = (cases.checkpointed(how) for how in (None, reentrant))
+    before = state(other.model)
+    if key is not None:
+        assert torch.equal(other.gradient(key, draws), plain.gradient(key, draws))
+        assert not torch.allclose(plain.gradient(key), plain.gradient())
+    assert torch.equal(other.gradient(), plain.gradient())
+    assert other.risk(key) == plain.risk(key)
+    assert state(other.model) == before
+
+
+def test_a_checkpoint_in_the_loss_changes_nothing():
+    def loss(out, y, call=lambda f, x: f(x)):
+        return call(lambda x: F.cross_entropy(x, y, reduction="none"), out)
+
+    wrapped = functools.partial(loss, call=functools.partial(checkpoint, use_reentrant=True))
+    expected = Problem(net(), loss, (X, Y)).gradient(MaskKey(0))
+    assert torch.equal(Problem(net(), wrapped, (X, Y)).gradient(MaskKey(0)), expected)
+
+
+def test_checkpoints_work_as_ever_outside():
+    """Passing over them ends with each pass, in an interrupted one too."""
+    problem = cases.checkpointed(False)
+    problem.gradient(MaskKey(0))
+    problem.forward = lambda model, batch: model()
+    with pytest.raises(TypeError):
+        problem.risk()
+    calls = []
+    x = torch.ones(2, 3, requires_grad=True)
+    for context in (contextlib.nullcontext(), replay_dropout(MaskKey(0), torch.arange(2))):
+        with context:
+            checkpoint(lambda y: (calls.append(0), y.sin())[1], x, use_reentrant=False).sum().backward()
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("name", cases.SHARED_MASKS)
+def test_a_mask_that_samples_share_is_one_draw_of_the_network(name):
+    """DropConnect and LayerDrop: the risk under a key is that of one network, and has its gradient."""
+    problem = cases.shared_mask(name)
+    key = next(MaskKey(0, m) for m in range(99) if abs(problem.risk(MaskKey(0, m)) - problem.risk()) > 1e-3)
+    v, step = torch.randn(problem.dim, dtype=torch.float64), 1e-5
+    ends = []
+    for sign in (1, -1):
+        with problem.displaced(sign * step * v):
+            ends.append(problem.risk(key))
+    assert float(problem.gradient(key) @ v) == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-6)
+    assert [call.split()[0] for call in problem.shared] == [cases.SHARED_MASKS[name]]
+    whole = cases.shared_mask(name, batch_size=99)
+    torch.testing.assert_close(whole.gradient(key), problem.gradient(key), rtol=0, atol=1e-14)
+    with pytest.raises(ValueError, match="is shared by the batch, which must be of one draw"):
+        problem.sample_losses(next(iter(problem.batches())), key, draws=2)
+
+
+def test_a_wrong_batch_dim_is_refused():
+    model, loss, data = cases.CASES["lstm_time_major"].parts()
+    square = torch.cat([data[0], data[0][:2]])  # as many steps as samples
+    with pytest.raises(ValueError, match=r"must run on 3 of 6 samples as on all.*is batch_dim=0 the dimension"):
+        Problem(model, loss, (square, data[1]), batch_dim=0).risk()
+
+
+def test_models_without_a_defect_pass_the_probes_in_float32():
+    for case in cases.CASES.values():
+        case.problem(torch.float32).check(masks=True)
+    spectral = nn.Sequential(
+        parametrizations.spectral_norm(nn.Linear(3, 4)), nn.ReLU(), nn.Dropout(0.5), nn.Linear(4, 3)
+    )
+    Problem(spectral, nn.CrossEntropyLoss(), (X, Y)).check(masks=True)
+
+
+def test_a_model_that_interpolates_passes_the_probes():
+    """Its losses of 1e-6 carry the rounding errors of logits, which may depend on the size of the batch."""
+
+    def loss(out, y):
+        return 1e-6 + 1e-8 * len(y) + 1e-9 * F.cross_entropy(out, y, reduction="none")
+
+    Problem(net(), loss, (X, Y)).check(masks=True)
