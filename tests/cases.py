@@ -308,3 +308,15 @@ class Custom(nn.Module):
 
     def forward(self, x):
         return self.fn(self, self.map(x), x)
+
+
+class Matrix(ds.SymmetricOperator):
+    """A matrix, or a diagonal, as an operator that counts its products."""
+
+    def __init__(self, M: Tensor) -> None:
+        self.M, self.count = M, 0
+        self.dim, self.dtype, self.device, self.blocks = len(M), M.dtype, M.device, {}
+
+    def _matmat(self, V: Tensor) -> Tensor:
+        self.count += V.shape[1]
+        return self.M @ V if self.M.ndim == 2 else self.M[:, None] * V

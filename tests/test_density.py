@@ -9,19 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from cases import Matrix
 from dropscope import kernels
-from dropscope.operators import SymmetricOperator
 from dropscope.spectral import SpectralDensity, spectral_density
-
-
-class Matrix(SymmetricOperator):
-    def __init__(self, M: Tensor) -> None:
-        self.M, self.count = M, 0
-        self.dim, self.dtype, self.device, self.blocks = len(M), M.dtype, M.device, {}
-
-    def _matmat(self, V: Tensor) -> Tensor:
-        self.count += V.shape[1]
-        return self.M @ V if self.M.ndim == 2 else self.M[:, None] * V
 
 
 def goe(n: int, seed: int = 0) -> Tensor:

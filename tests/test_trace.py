@@ -9,19 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dropscope.operators import SymmetricOperator
+from cases import Matrix
 from dropscope.spectral import diagonal, trace
-
-
-class Matrix(SymmetricOperator):
-    def __init__(self, M: Tensor) -> None:
-        self.M, self.count = M, 0
-        self.dim, self.dtype, self.device, self.blocks = len(M), M.dtype, M.device, {}
-
-    def _matmat(self, V: Tensor) -> Tensor:
-        self.count += V.shape[1]
-        return self.M @ V if self.M.ndim == 2 else self.M[:, None] * V
-
 
 i = torch.arange(150, dtype=torch.float64)
 SPECTRA = {

@@ -1,14 +1,12 @@
-"""The one writer: JSON, CSV and safetensors, each written under a temporary name, synced, then renamed."""
+"""The one writer: text, JSON and safetensors, each written under a temporary name, synced, then renamed."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +51,6 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     """Write JSON; dataclasses and tensors are converted, NaN and infinities become null."""
     return write_text(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
-
-
-def write_csv(path: str | os.PathLike[str], header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Path:
-    """Write a table with a header line."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return write_text(path, text.getvalue())
 
 
 def write_arrays(

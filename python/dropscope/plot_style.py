@@ -30,8 +30,8 @@ Vector = npt.NDArray[np.float64]
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Okabe and Ito's palette, told apart by all common forms of colour blindness.
-BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"
+# Two of Okabe and Ito's palette, told apart by all common forms of colour blindness.
+BLUE, VERMILION = "#0072B2", "#D55E00"
 INK, FAINT = "#1a1a1a", "#8a8f98"
 
 STYLE: dict[str, Any] = {

@@ -47,17 +47,6 @@ class GaussNewton(GraphOperator):
         tensor([1., 1.])
     """
 
-    def __init__(
-        self,
-        problem: Problem,
-        masks: MaskKey | None = None,
-        draws: int | None = None,
-        seed: int = 0,
-        *,
-        memory: int | None = None,
-    ) -> None:
-        super().__init__(problem, masks, draws, seed, memory)
-
     def _build(self, batch: Batch, key: MaskKey | None, weight: float) -> Graph:
         problem = self.problem
         parameters = list(problem.params.values())

@@ -33,7 +33,13 @@ class GraphOperator(SymmetricOperator):
     """
 
     def __init__(
-        self, problem: Problem, masks: MaskKey | None, draws: int | None, seed: int, memory: int | None
+        self,
+        problem: Problem,
+        masks: MaskKey | None = None,
+        draws: int | None = None,
+        seed: int = 0,
+        *,
+        memory: int | None = None,
     ) -> None:
         name = type(self).__name__
         self.keys = mask_keys(name, problem, masks, draws, seed)

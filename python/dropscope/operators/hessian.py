@@ -54,7 +54,7 @@ class Hessian(GraphOperator):
         *,
         memory: int | None = None,
     ) -> None:
-        super().__init__(problem, masks, draws, seed, memory)
+        super().__init__(problem, masks, draws, seed, memory=memory)
         self._forward_over_reverse = False
 
     def _add(self, rows: Tensor, out: Tensor) -> None:
