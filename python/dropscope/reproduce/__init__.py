@@ -1,0 +1,11 @@
+"""Reproductions: the figures and tables of the four papers, one file for each, at a scale that fits two cores."""
+
+from __future__ import annotations
+
+from dropscope.reproduce.entry import Claim as Claim
+from dropscope.reproduce.entry import Entry as Entry
+from dropscope.reproduce.entry import Findings as Findings
+from dropscope.reproduce.entry import Scale as Scale
+
+# The modules that hold an ENTRY, in the order in which they are listed and run.
+MODULES: tuple[str, ...] = ()
