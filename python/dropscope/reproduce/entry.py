@@ -1,4 +1,4 @@
-"""What one reproduced figure or table is made of: an entry, what it runs with, what it found, and the claims it judges."""
+"""What one reproduced figure or table is made of: an entry, its scale, its findings, the claims it judges."""
 
 from __future__ import annotations
 
