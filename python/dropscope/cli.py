@@ -221,6 +221,49 @@ def deliver(measured: Any, out: Path | None, as_json: bool) -> None:
     finish(measured.unsound)
 
 
+@main.command()
+@click.argument("names", nargs=-1)
+@click.option("--list", "listing", is_flag=True, help="List the entries and leave.")
+@click.option("--full", is_flag=True, help="The papers' own sizes, for hours and for --data.")
+@click.option(
+    "--data", type=click.Path(exists=True, path_type=Path), help="MNIST or CIFAR folder, text file or folder."
+)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
+@click.option("--out", type=FOLDER, callback=_folder, default=Path("dropscope-papers"), show_default=True)
+@click.option("--resume", is_flag=True, help="Keep what --out already holds of this version and scale.")
+@click.option("--json", "as_json", is_flag=True, help="Print the records as JSON instead of text.")
+@click.option("--quiet", is_flag=True, help="No progress bars.")
+@guarded
+def reproduce(names: tuple[str, ...], listing: bool, full: bool, data: Path | None, seed: int, out: Path, resume: bool,
+              as_json: bool, quiet: bool) -> None:  # fmt: skip
+    """Compute figures and tables of the four papers and judge their claims.
+
+    NAMES are entries (see --list), a paper's letter (A, B, C, D), or all. Each entry writes papers/NAME.json and
+    papers/NAME.png into --out, and papers.md lists every claim beside the measured numbers.
+    """
+    from dropscope.reproduce import Scale, page, runner
+
+    if listing or not names:
+        rows = [[e.name, e.place, f"{e.minutes:g} min", e.title] for e in runner.entries().values()]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        for row in rows:
+            click.echo("  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]))
+        return
+    scale = Scale(full=full, data=data, seed=seed, progress=not quiet)
+    records = []
+    for entry in runner.select(names):
+        record = (runner.finished(entry, scale, out) if resume else None) or runner.run(entry, scale, out)
+        records.append(record)
+        page.write(runner.records(out), out)
+        if not as_json:
+            click.echo(f"{record.name}: {record.title} ({record.seconds:.0f} s)")
+            for claim in record.claims:
+                click.echo(f"  {claim.verdict:<14}  {claim.text}\n{'':<18}paper {claim.paper}; here {claim.ours}")
+    if as_json:
+        click.echo(json.dumps(_files.plain(records), indent=2))
+    click.echo(f"\nclaims: {out / 'papers.md'}", err=as_json)
+
+
 @main.command(epilog=CODES)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def doctor(as_json: bool) -> None:
