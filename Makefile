@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 CPP := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*/*.cpp csrc/*/*.hpp csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench papers clean
 
 demo: $(VENV)/installed
 	$(BIN)/dropscope demo --out dropscope-demo
@@ -27,6 +27,10 @@ format: $(VENV)/installed
 bench: $(VENV)/installed
 	$(PIP) --group bench
 	$(BIN)/python -m bench --readme
+
+# Every figure and table of the four papers again: docs/papers.md and docs/papers/.
+papers: $(VENV)/installed
+	$(BIN)/dropscope reproduce all --out docs
 
 # The tools first, then the package without build isolation, so that an edit of csrc/ rebuilds in seconds.
 $(VENV)/tools: pyproject.toml constraints.txt

@@ -40,8 +40,9 @@ def _lead(records: Sequence[Record]) -> list[str]:
         f"All entries together took {minutes:.0f} minutes on {_machine(records)}.",
         "",
         "A verdict is computed from the numbers by the rule in the entry's code. Each number can be computed again by "
-        "the command beside it, and lies with everything its figure shows in `papers/NAME.json`. In A, B and C, p is the "
-        "probability to keep a unit; in D, q is the probability to drop it. Errors are standard errors over repeats.",
+        "the command beside it, and lies with everything its figure shows in `papers/NAME.json`. In A, B and C, p is "
+        "the probability to keep a unit; in D, q is the probability to drop it. Errors are standard errors over "
+        "repeats.",
     ]
 
 
