@@ -4,7 +4,6 @@
 
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "kernels.hpp"
 
@@ -163,24 +162,25 @@ void bind_factors(py::module_& m) {
 
 void bind_spectral(py::module_& m) {
   m.def(
+      "orthogonalize_scratch",
+      [](int device, int64_t rows, int64_t cols) {
+        require(rows >= 0 && cols >= 0, "negative size");
+        return run("orthogonalize_scratch", kernels_of(device).spectral.orthogonalize_scratch, rows, cols);
+      },
+      py::arg("device"), py::arg("rows"), py::arg("cols"));
+  m.def(
       "orthogonalize",
-      [](int device, const py::tuple& basis, const py::tuple& vector, bool force, uintptr_t coefficients,
-         uintptr_t launch) {
+      [](int device, const py::tuple& basis, const py::tuple& vector, bool force, uintptr_t result,
+         uintptr_t scratch, uintptr_t launch) {
         const ConstMatrix Q = view<ConstMatrix>(basis);
         const Matrix w = view<Matrix>(vector);
         require(w.rows == 1 && w.cols == Q.cols, "w must have the length of a row of Q");
         require(Q.dtype != DType::f16 && w.dtype != DType::f16, "float16 is not served");
-        require(coefficients || Q.rows == 0, "null pointer");
-        const SpectralKernels& kernels = kernels_of(device).spectral;
-        require(kernels.orthogonalize, "there is no kernel for this device");
-        std::vector<double> scratch(static_cast<size_t>(kernels.orthogonalize_chunks(w.cols) * (Q.rows + 1)));
-        double norm = 0.0;
-        const int reads =
-            run("orthogonalize", kernels.orthogonalize, Q, w, force, pointer<double>(coefficients), &norm,
-                scratch.data(), launch_of(device, launch));
-        return py::make_tuple(norm, reads);
+        require(result && (scratch || w.cols == 0), "null pointer");
+        run("orthogonalize", kernels_of(device).spectral.orthogonalize, Q, w, force, pointer<double>(result),
+            pointer<double>(scratch), launch_of(device, launch));
       },
-      py::arg("device"), py::arg("Q"), py::arg("w"), py::arg("force"), py::arg("coefficients"),
+      py::arg("device"), py::arg("Q"), py::arg("w"), py::arg("force"), py::arg("result"), py::arg("scratch"),
       py::arg("launch"));
   m.def(
       "rotate",

@@ -62,12 +62,11 @@ struct FactorKernels {
 };
 
 struct SpectralKernels {
-  // Rows of scratch that orthogonalize wants for a vector of this length.
-  int64_t (*orthogonalize_chunks)(int64_t cols);
-  // c = Q w, norm = |w|; then, when forced or when a |c_i| > 1e-5 |w|, w -= Q^T c and norm anew. Returns the
-  // reads of Q. c: (rows,); scratch: (chunks, rows + 1).
-  int (*orthogonalize)(ConstMatrix Q, Matrix w, bool force, double* c, double* norm, double* scratch,
-                       Launch launch);
+  // Doubles of scratch that orthogonalize wants, in the memory of its device, as is `result`.
+  int64_t (*orthogonalize_scratch)(int64_t rows, int64_t cols);
+  // c = Q w, norm = |w|; then, when forced or when a |c_i| > 1e-5 |w|, w -= Q^T c and norm anew.
+  // result: c (rows of Q), norm, and the reads of Q, 1 or 2.
+  void (*orthogonalize)(ConstMatrix Q, Matrix w, bool force, double* result, double* scratch, Launch launch);
   // First k rows of Q <- S^T Q; S: (Q.rows, k), k <= Q.rows <= 2048.
   void (*rotate)(Matrix Q, const double* S, int64_t k, Launch launch);
   // One row of +1 and -1, or of normal numbers.

@@ -132,7 +132,9 @@ void remove(const T* q, int64_t stride, float* w, int64_t count, const double* c
   store_rest16(w + j, add(v, rest), count - j);
 }
 
-int64_t orthogonalize_chunks(int64_t cols) { return divide_up(cols, chunk_cols<double>); }
+int64_t orthogonalize_scratch(int64_t rows, int64_t cols) {
+  return divide_up(cols, chunk_cols<double>) * (rows + 1);
+}
 
 // A chunk of w in Real: itself, or a copy in the buffer.
 template <class Real, class T>
@@ -231,21 +233,19 @@ int orthogonalize_in(ConstMatrix Q, T* w, int64_t dim, bool force, double* c, do
 }
 
 // c = Q w, norm = |w|; then, where asked for or where a |c_i| > 1e-5 |w|, w -= Q^T c and its norm again.
-// Returns the reads of Q, 1 or 2. partial: double (chunks, rows + 1).
-int orthogonalize(ConstMatrix Q, Matrix w, bool force, double* c, double* norm, double* partial,
-                  Launch launch) {
-  int reads = 0;
+// result: c, the norm and the reads of Q, 1 or 2. partial: double (chunks, rows + 1).
+void orthogonalize(ConstMatrix Q, Matrix w, bool force, double* result, double* partial, Launch launch) {
+  double *norm = result + Q.rows, *reads = norm + 1;
   by_dtype(Q.dtype, [&](auto of_basis) {
     by_dtype(w.dtype, [&](auto of_vector) {
       using TQ = decltype(of_basis);
       using T = decltype(of_vector);
       constexpr bool wide = std::is_same_v<TQ, double> || std::is_same_v<T, double>;
       using Real = std::conditional_t<wide, double, float>;
-      reads = orthogonalize_in<Real, TQ>(Q, static_cast<T*>(w.data), w.cols, force, c, norm, partial,
-                                         launch.threads);
+      *reads = orthogonalize_in<Real, TQ>(Q, static_cast<T*>(w.data), w.cols, force, result, norm, partial,
+                                          launch.threads);
     });
   });
-  return reads;
 }
 
 constexpr int64_t rotate_buffer = 1 << 14;  // doubles: 128 KiB
@@ -343,7 +343,7 @@ void probe(Matrix out, uint64_t stream, uint64_t seed, uint64_t site, bool gauss
 }  // namespace
 
 namespace DROPSCOPE_ISA {
-const SpectralKernels spectral{orthogonalize_chunks, orthogonalize, rotate, probe};
+const SpectralKernels spectral{orthogonalize_scratch, orthogonalize, rotate, probe};
 }
 
 }  // namespace dropscope

@@ -11,7 +11,7 @@ from dropscope.kernels._launch import isa
 from dropscope.kernels.factors import accumulate, center, gram, gram_sum, project, sq_norms
 from dropscope.kernels.masks import apply_mask, keep_mask
 from dropscope.kernels.products import faster_products, multiply
-from dropscope.kernels.spectral import orthogonalize, probe, rotate
+from dropscope.kernels.spectral import orthogonalize, orthogonalize_async, probe, rotate
 from dropscope.reference import PROBE_SITE, ProbeKind
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "keep_mask",
     "multiply",
     "orthogonalize",
+    "orthogonalize_async",
     "probe",
     "project",
     "rotate",
