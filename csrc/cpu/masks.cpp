@@ -1,6 +1,6 @@
 // Dropout masks, format 1: out = x o mask * 65536/T.
 #include "apply.hpp"
-#include "bitmap.hpp"
+#include "keep.hpp"
 
 namespace dropscope {
 namespace {
@@ -9,11 +9,21 @@ template <class T>
 void apply(ConstMatrix x, Matrix out, MaskSource source, int threads) {
   const auto scale = static_cast<typename Wide<T>::type>(65536.0 / source.threshold);
   const bool contiguous = x.stride == x.cols && out.stride == out.cols;
-  for_each_piece(x.rows, x.cols, contiguous, source, threads,
-                 [&](int64_t row, int64_t unit, int64_t count, const uint8_t* bits) {
-                   apply_bits(static_cast<const T*>(x.data) + row * x.stride + unit,
-                              static_cast<T*>(out.data) + row * out.stride + unit, count, bits, scale);
-                 });
+  const auto from = [&](int64_t row, int64_t unit) {
+    return static_cast<const T*>(x.data) + row * x.stride + unit;
+  };
+  const auto to = [&](int64_t row, int64_t unit) {
+    return static_cast<T*>(out.data) + row * out.stride + unit;
+  };
+  for_each_piece(
+      x.rows, x.cols, contiguous, source, threads,
+      [&](int64_t row, int64_t unit, int64_t count) {
+        return Fetch{reinterpret_cast<const char*>(from(row, unit)),
+                     reinterpret_cast<const char*>(to(row, unit)), count * int64_t(sizeof(T))};
+      },
+      [&](int64_t row, int64_t unit, int64_t count, const uint16_t* kept) {
+        apply_kept(from(row, unit), to(row, unit), count, kept, scale);
+      });
 }
 
 void apply_mask(ConstMatrix x, Matrix out, MaskSource source, Launch launch) {
@@ -30,16 +40,12 @@ void apply_mask(ConstMatrix x, Matrix out, MaskSource source, Launch launch) {
 }
 
 void keep_mask(uint8_t* out, int64_t rows, int64_t units, MaskSource source, Launch launch) {
-  for_each_piece(rows, units, true, source, launch.threads,
-                 [&](int64_t row, int64_t unit, int64_t count, const uint8_t* bits) {
-                   uint8_t* to = out + row * units + unit;
-                   int64_t i = 0;
-                   for (; i + 8 <= count; i += 8) {
-                     const uint64_t bytes = spread(bits[i / 8]);
-                     std::memcpy(to + i, &bytes, 8);
-                   }
-                   for (; i < count; ++i) to[i] = bits[i / 8] >> (i % 8) & 1;
-                 });
+  for_each_piece(
+      rows, units, true, source, launch.threads, [](int64_t, int64_t, int64_t) { return Fetch{}; },
+      [&](int64_t row, int64_t unit, int64_t count, const uint16_t* kept) {
+        uint8_t* to = out + row * units + unit;
+        for (int64_t i = 0; i < count; ++i) to[i] = kept[i] & 1;
+      });
 }
 
 }  // namespace

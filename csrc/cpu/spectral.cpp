@@ -8,8 +8,8 @@
 #include <type_traits>
 
 #include "apply.hpp"
-#include "bitmap.hpp"
 #include "floats.hpp"
+#include "keep.hpp"
 
 namespace dropscope {
 namespace {
@@ -302,15 +302,17 @@ inline T sign(bool plus) {
 // +1 where the top bit of the unit's lane is 0, else -1.
 void rademacher(Matrix out, uint64_t stream, uint64_t seed, uint64_t site, int threads) {
   const int64_t streams = static_cast<int64_t>(stream);
-  for_each_piece(1, out.cols, true, {&streams, seed, site, 1 << 15}, threads,
-                 [&](int64_t, int64_t unit, int64_t count, const uint8_t* bits) {
-                   by_dtype(out.dtype, [&](auto type) {
-                     using T = decltype(type);
-                     const T signs[2] = {sign<T>(false), sign<T>(true)};
-                     T* to = static_cast<T*>(out.data) + unit;
-                     for (int64_t i = 0; i < count; ++i) to[i] = signs[bits[i / 8] >> (i % 8) & 1];
-                   });
-                 });
+  for_each_piece(
+      1, out.cols, true, {&streams, seed, site, 1 << 15}, threads,
+      [](int64_t, int64_t, int64_t) { return Fetch{}; },
+      [&](int64_t, int64_t unit, int64_t count, const uint16_t* kept) {
+        by_dtype(out.dtype, [&](auto type) {
+          using T = decltype(type);
+          const T signs[2] = {sign<T>(false), sign<T>(true)};
+          T* to = static_cast<T*>(out.data) + unit;
+          for (int64_t i = 0; i < count; ++i) to[i] = signs[kept[i] & 1];
+        });
+      });
 }
 
 // Box-Muller in double: words 2q and 2q+1 of the stream give units 2q and 2q+1.
