@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -22,13 +20,18 @@ import torch
 MIN_SAMPLE_SECONDS = 0.02  # calls shorter than this are repeated inside one sample
 
 
+class Unavailable(Exception):  # noqa: N818  (nothing went wrong)
+    """Raised while a contest is built that this machine cannot run: the contest is skipped, with the reason."""
+
+
 @dataclass(frozen=True)
 class Contest:
     """What one benchmark runs.
 
     Attributes:
         ours: our code; its return value is its answer.
-        competitors: name -> callable of the same work done by another tool.
+        competitors: name -> callable of the same work done by another tool. One that raises is left out of the
+            contest, and the table says with what error.
         ceiling: name and callable of the work that no implementation can avoid (a copy, the bare products).
         check: gets {"ours" or name: answer of the last round}; raises AssertionError where an answer is wrong; may
             return a note for the table. A benchmark without a check is refused.
@@ -56,6 +59,11 @@ class Bars:
     faster: Mapping[str, float] = field(default_factory=dict)
     within: float | None = None
     memory: Mapping[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        asked = [f"{bar:g}x {name}" for name, bar in self.faster.items()]
+        asked += [] if self.within is None else [f"{self.within:g} times the ceiling"]
+        return "; ".join(asked + [f"{bar:g} of the memory of {name}" for name, bar in self.memory.items()])
 
 
 @dataclass(frozen=True)
@@ -106,19 +114,37 @@ def contest(
     return register
 
 
-def time_in_turn(
-    calls: Mapping[str, Callable[[], Any]], rounds: int, once: tuple[str, ...] = ()
-) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Seconds per call of each callable, `rounds` samples of each taken in turn, and the last answers."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    answers: dict[str, Any] = {}
+@dataclass
+class Timings:
+    """Seconds per call of each callable, sample by sample, the last answers, and why a competitor is missing."""
+
+    seconds: dict[str, list[float]]
+    answers: dict[str, Any]
+    failed: dict[str, str]
+
+
+def time_in_turn(trial: Contest, rounds: int) -> Timings:
+    """Time every callable of a contest, `rounds` samples of each taken in turn.
+
+    Raises:
+        Exception: what our own code or the ceiling raises; a competitor's error takes only itself out.
+    """
+    calls = trial.callables()
+    found = Timings({}, {}, {})
     repeats: dict[str, int] = {}
     for name, call in calls.items():  # the first call warms caches and sets how many calls make a sample
-        start = time.perf_counter()
-        answers[name] = call()
-        first = time.perf_counter() - start
-        if name in once:
-            seconds[name].append(first)
+        try:
+            start = time.perf_counter()
+            found.answers[name] = call()
+            first = time.perf_counter() - start
+        except Exception as error:
+            if name not in trial.competitors:
+                raise
+            found.failed[name] = described(error)
+            continue
+        found.seconds[name] = []
+        if name in trial.once:
+            found.seconds[name].append(first)
             continue
         start = time.perf_counter()
         if first < MIN_SAMPLE_SECONDS:
@@ -131,9 +157,15 @@ def time_in_turn(
             call = calls[name]
             start = time.perf_counter()
             for _ in range(repeats[name]):
-                answers[name] = call()
-            seconds[name].append((time.perf_counter() - start) / repeats[name])
-    return seconds, answers
+                found.answers[name] = call()
+            found.seconds[name].append((time.perf_counter() - start) / repeats[name])
+    return found
+
+
+def described(error: BaseException) -> str:
+    """An error in one line of a table."""
+    text = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {text[:200]}".replace("|", "/")
 
 
 def extra_memory(call: Callable[[], Any]) -> int:
@@ -142,7 +174,7 @@ def extra_memory(call: Callable[[], Any]) -> int:
     before = _status("VmRSS")
     answer = call()
     del answer
-    return _status("VmHWM") - before
+    return max(0, _status("VmHWM") - before)
 
 
 def _status(key: str) -> int:
@@ -152,75 +184,74 @@ def _status(key: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {key}")
 
 
-def machine() -> dict[str, Any]:
-    """The machine and the versions behind a set of numbers."""
-    cpu = platform.processor()
-    model: dict[str, str] = {}
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        key, _, value = line.partition(":")
-        model.setdefault(key.strip(), value.strip())
-    cpu = f"{model.get('model name', cpu)}, family {model.get('cpu family', '?')} model {model.get('model', '?')}"
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "isa": _isa(),
-        "torch": torch.__version__,
-        "torch isa": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.release()}",
-        "load": round(os.getloadavg()[0], 2),
-    }
-
-
-def _isa() -> str:
-    from dropscope import kernels
-
-    isa = getattr(kernels, "isa", None)
-    return str(isa() if callable(isa) else isa)
-
-
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. Times in seconds, memory in bytes; `status` is "ok", "missed: ..." or "failed: ..."."""
+    """One line of the table. Times in seconds, memory in bytes, ratios of medians.
+
+    Attributes:
+        status: "ok", "missed: ...", "skipped: ..." or "failed: ...".
+        samples: seconds per call of each callable, in the order in which the rounds were run.
+        ratios: competitor's time over ours.
+        ceiling: its name, and our time over its.
+        errors: why a competitor has no time.
+    """
 
     name: str
     work: str
     status: str
-    threads: int
-    seconds: Mapping[str, float]
-    spread: Mapping[str, float]
-    ratios: Mapping[str, float]
-    ceiling: tuple[str, float] | None
-    memory: Mapping[str, int]
-    note: str
+    bars: str = ""
+    threads: int = 0
+    samples: Mapping[str, list[float]] = field(default_factory=dict)
+    ratios: Mapping[str, float] = field(default_factory=dict)
+    ceiling: tuple[str, float] | None = None
+    memory: Mapping[str, int] = field(default_factory=dict)
+    errors: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
 
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+    def seconds(self, name: str) -> float:
+        """Median seconds per call."""
+        return statistics.median(self.samples[name])
+
+    def missing(self, *misses: str) -> Row:
+        """The row with bars missed besides those that it has."""
+        if not misses:
+            return self
+        before = [self.status.removeprefix("missed: ")] if self.status.startswith("missed") else []
+        return dataclasses.replace(self, status="missed: " + "; ".join([*before, *misses]))
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @staticmethod
+    def from_json(fields: Mapping[str, Any]) -> Row:
+        ceiling = fields["ceiling"]
+        return Row(**{**fields, "ceiling": None if ceiling is None else (ceiling[0], ceiling[1])})
 
 
 def run(entry: Entry, rounds: int | None = None) -> Row:
     """Build a benchmark in this process, time it, check its answers and hold it against its bars."""
     if entry.threads is not None:
         torch.set_num_threads(entry.threads)
-    trial = entry.build()
-    samples, answers = time_in_turn(trial.callables(), rounds or entry.rounds, trial.once)
-    note = trial.check(answers) or ""
-    seconds = {name: statistics.median(s) for name, s in samples.items()}
-    spread = {name: (max(s) - min(s)) / statistics.median(s) for name, s in samples.items()}
-    ratios = {name: seconds[name] / seconds["ours"] for name in trial.competitors}
-    ceiling = None if trial.ceiling is None else (trial.ceiling[0], seconds["ours"] / seconds[trial.ceiling[0]])
-    missed = [
+    threads = torch.get_num_threads()
+    try:
+        trial = entry.build()
+    except Unavailable as error:
+        return Row(entry.name, entry.work, f"skipped: {error}", str(entry.bars), threads)
+    found = time_in_turn(trial, rounds or entry.rounds)
+    if set(trial.competitors) == set(found.failed) != set():
+        raise RuntimeError("no competitor ran: " + "; ".join(f"{n}: {e}" for n, e in found.failed.items()))
+    note = trial.check(found.answers) or ""
+    median = {name: statistics.median(s) for name, s in found.seconds.items()}
+    ratios = {name: median[name] / median["ours"] for name in trial.competitors if name in median}
+    ceiling = None if trial.ceiling is None else (trial.ceiling[0], median["ours"] / median[trial.ceiling[0]])
+    misses = [
         f"{ratios[n]:.2g}x {n}, asked {bar:g}x"
         for n, bar in entry.bars.faster.items()
         if n in ratios and ratios[n] < bar
     ]
     if ceiling is not None and entry.bars.within is not None and ceiling[1] > entry.bars.within:
-        missed.append(f"{ceiling[1]:.2f} times {ceiling[0]}, asked {entry.bars.within:g}")
-    status = "missed: " + "; ".join(missed) if missed else "ok"
-    return Row(entry.name, entry.work, status, torch.get_num_threads(), seconds, spread, ratios, ceiling, {}, note)
-
-
-def read_row(text: str) -> Row:
-    """The row that a child process wrote."""
-    return Row(**json.loads(text))
+        misses.append(f"{ceiling[1]:.2f} times {ceiling[0]}, asked {entry.bars.within:g}")
+    row = Row(
+        entry.name, entry.work, "ok", str(entry.bars), threads, found.seconds, ratios, ceiling, {}, found.failed, note
+    )
+    return row.missing(*misses)
