@@ -84,10 +84,9 @@ class Embedded(nn.Module):
     def __init__(self, vocabulary: int, length: int, width: int) -> None:
         super().__init__()
         self.token, self.position = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
-        self.register_buffer("places", torch.arange(length), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.token(x) + self.position(self.places.expand_as(x))
+        return self.token(x) + self.position(torch.arange(x.shape[1], device=x.device).expand_as(x))
 
 
 class TransformerBlock(nn.Module):

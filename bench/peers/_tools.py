@@ -137,18 +137,29 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found.detach().double() - expected).norm() / expected.norm())
 
 
-def agree(answers: dict[str, Tensor], expected: Tensor, tolerance: float) -> str:
-    """Assert that each answer is within the tolerance of the expected one, and say the largest error."""
-    errors = {name: relative(found, expected) for name, found in answers.items()}
-    assert max(errors.values()) <= tolerance, f"other answers, relative error {errors}"
-    return f"relative errors below {max(errors.values()):.0e}"
-
-
 def refuses(call: Callable[[], Any], error: type[BaseException], words: str) -> str:
     """Assert that a call raises this error with these words, and return them for the note."""
+    raised = error_of(call)
+    assert isinstance(raised, error), f"expected {error.__name__} with {words!r}, got {raised!r}"
+    assert words in str(raised), f"expected {words!r}, got {raised}"
+    return f"{type(raised).__name__}: {words}"
+
+
+def error_of(call: Callable[[], Any]) -> Exception | None:
+    """What a call raises."""
     try:
         call()
-    except error as raised:
-        assert words in str(raised), f"expected {words!r}, got {raised}"
-        return f"{type(raised).__name__}: {words}"
-    raise AssertionError(f"expected {error.__name__} with {words!r}, got an answer")
+    except Exception as raised:
+        return raised
+    return None
+
+
+def prepared(make: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
+    """Set a tool up; one that refuses the network raises when it is called, so that the table says why."""
+    made: list[Callable[[], Any]] = []
+    error = error_of(lambda: made.append(make()))
+
+    def refuse() -> Any:
+        raise error if error is not None else AssertionError
+
+    return made[0] if error is None else refuse

@@ -106,7 +106,10 @@ def residuals(net: Network, values: Tensor, vectors: Tensor) -> Tensor:
     return torch.stack(gaps) / values.abs().max()
 
 
-def checked(net: Network, k: int) -> Callable[[Mapping[str, Any]], str]:
+def checked(net: Network, k: int, loose: Mapping[str, float]) -> Callable[[Mapping[str, Any]], str]:
+    # PyHessian stops on the change of the value: no residual can be asked for, and its time is a lower bound.
+    allowed = {"PyHessian": 100 * TOL, **loose}
+
     def check(answers: Mapping[str, Any]) -> str:
         """Every answer has k orthogonal pairs within TOL, of the values that ours has."""
         mine = answers["ours"][0].sort().values
@@ -114,8 +117,7 @@ def checked(net: Network, k: int) -> Callable[[Mapping[str, Any]], str]:
         for name, (values, vectors) in answers.items():
             worst[name] = float(residuals(net, values, vectors).max())
             assert len(values) == k, f"{name} has {len(values)} pairs"
-            # PyHessian stops on the change of the value: no residual can be asked for, its time is a lower bound.
-            asked = 100 * TOL if name == "PyHessian" else TOL
+            asked = allowed.get(name, TOL)
             assert worst[name] <= asked, f"{name}: residual {worst[name]:.1e}, asked {asked:g}"
             gap = float((values.sort().values - mine).abs().max() / mine.abs().max())
             assert gap <= asked, f"{name}: values differ from ours by {gap:.1e} of the largest"
@@ -127,7 +129,8 @@ def checked(net: Network, k: int) -> Callable[[Mapping[str, Any]], str]:
     return check
 
 
-def trial(name: str, k: int) -> Contest:
+def trial(name: str, k: int, loose: Mapping[str, float] | None = None) -> Contest:
+    """The contest on a network; `loose` names tools whose answers are known to be worse, and by how much."""
     net = network(name)
     tools.problem(net)  # imports ours before the peers: a fair start for all
     return Contest(
@@ -140,7 +143,7 @@ def trial(name: str, k: int) -> Contest:
             "PyHessian": lambda: pyhessian_power(net, k),
         },
         once=("PyHessian", DOUBLING, DEFAULT),
-        check=checked(net, k),
+        check=checked(net, k, loose or {}),
     )
 
 
@@ -164,4 +167,5 @@ def top_pairs_resnet() -> Contest:
 
 @contest(f"top-5 Hessian pairs, GPT (118656 parameters), 32 rows of 32 bytes, residuals {TOL:g}", rounds=3)
 def top_pairs_gpt() -> Contest:
-    return trial("GPT", 5)
+    # curvlinops' product is wrong there (see products.py), so no tolerance brings its pairs below TOL.
+    return trial("GPT", 5, {TOLERANT: 0.05, DEFAULT: 0.05})

@@ -27,9 +27,22 @@ def gradient(net: Network) -> Callable[[], Any]:
     return lambda: torch.autograd.grad(nn.functional.cross_entropy(net.model(net.x), net.y), parameters)
 
 
-def held(exact: Tensor, ceiling: str) -> Callable[[Mapping[str, Any]], str]:
-    """Every product is the exact one to TOLERANCE."""
-    return lambda answers: tools.agree({k: v for k, v in answers.items() if k != ceiling}, exact, TOLERANCE)
+def held(exact: Tensor, known: Mapping[str, float]) -> Callable[[Mapping[str, Any]], str]:
+    """Every product is the exact one to TOLERANCE, but for tools whose known error may reach a bound, and is told."""
+
+    def check(answers: Mapping[str, Any]) -> str:
+        errors = {name: tools.relative(v, exact) for name, v in answers.items() if name != "a gradient"}
+        for name, error in errors.items():
+            assert error <= max(TOLERANCE, known.get(name, 0.0)), f"other answers, relative errors {errors}"
+        wrong = [f"{name} is wrong by {error:.1e}" for name, error in errors.items() if error > TOLERANCE]
+        right = max(error for error in errors.values() if error <= TOLERANCE)
+        return "; ".join([f"relative errors below {right:.0e}", *wrong])
+
+    return check
+
+
+# jvp of a LayerNorm's backward under vmap gives the weights of the norms a wrong part, in float64 too; so torch 2.13.
+KNOWN = {"curvlinops": 0.01}
 
 
 def hessian(name: str) -> Contest:
@@ -48,7 +61,7 @@ def hessian(name: str) -> Contest:
             "torch.func": lambda: functional(v),
         },
         ceiling=("a gradient", gradient(net)),
-        check=held(tools.exact_product(net)(v), "a gradient"),
+        check=held(tools.exact_product(net)(v), KNOWN if name == "GPT" else {}),
     )
 
 
@@ -62,7 +75,7 @@ def gauss_newton(name: str) -> Contest:
         ours=lambda: G @ v,
         competitors={"curvlinops": lambda: linop @ v, "hessian-eigenthings": lambda: eigenthings.matvec(v)},
         ceiling=("a gradient", gradient(net)),
-        check=held(tools.exact_ggn_product(net)(v), "a gradient"),
+        check=held(tools.exact_ggn_product(net)(v), {}),
     )
 
 
