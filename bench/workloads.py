@@ -34,7 +34,7 @@ def digits(n: int = 1000, size: int = 28) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def text(n: int = 32, length: int = 32) -> tuple[Tensor, Tensor]:
+def text(n: int = 16, length: int = 32) -> tuple[Tensor, Tensor]:
     """Bytes of the standard library's sources: x (n, length) and the bytes that follow y (n, length), below 128."""
     folder = Path(sysconfig.get_path("stdlib"))
     source = b"".join((folder / name).read_bytes() for name in ("argparse.py", "ast.py", "heapq.py", "statistics.py"))
@@ -216,14 +216,14 @@ def network(name: str) -> Network:
     """One of the four networks on which peers are met, trained to a stated loss.
 
     "digits MLP": 64-32-32-10 on 1000 digits; "784-500-500-10" on the same digits upsampled; "ResNet": 2 residual
-    blocks of 16 channels on 200 digits; "GPT": 2 layers of width 64 on 32 rows of 32 bytes of Python.
+    blocks of 16 channels on 100 digits; "GPT": 2 layers of width 64 on 16 rows of 32 bytes of Python.
     """
     if name == "784-500-500-10":
         return Network(name, *trained_mlp())
     if name == "digits MLP":
         (x, y), model, target, options = digits(1000, 8), mlp((64, 32, 32, 10)), 0.2, {"lr": 0.05}
     elif name == "ResNet":
-        (x, y), model, target, options = digits(200, 8), resnet(), 0.3, {"lr": 0.02, "batch": 50}
+        (x, y), model, target, options = digits(100, 8), resnet(), 0.3, {"lr": 0.02, "batch": 50}
     elif name == "GPT":
         (x, y), model, target = text(), gpt(), 1.5
         options = {"optimizer": torch.optim.Adam(model.parameters(), 2e-3), "batch": 8}
