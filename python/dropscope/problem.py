@@ -170,9 +170,10 @@ class Problem:
         *,
         sharing: Sharing = "sample",
         handlers: Mapping[Callable[..., Any], Handler] | None = None,
+        train: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """:meth:`sample_losses` without the probes, which are made of it."""
-        return self.losses_of(*self.raw_outputs(batch, masks, draws, sharing=sharing, handlers=handlers))
+        """:meth:`sample_losses` without the probes, which are made of it; ``train`` as in :meth:`raw_outputs`."""
+        return self.losses_of(*self.raw_outputs(batch, masks, draws, sharing=sharing, handlers=handlers, train=train))
 
     def raw_outputs(
         self,
@@ -182,13 +183,17 @@ class Problem:
         *,
         sharing: Sharing = "sample",
         handlers: Mapping[Callable[..., Any], Handler] | None = None,
+        train: bool = False,
     ) -> tuple[Any, Any, int]:
-        """Return the model's output, what the loss compares it with, and the number of rows."""
+        """Return the model's output, what the loss compares it with, and the number of rows.
+
+        ``train`` calls dropout although there are no masks, for handlers that answer every such call.
+        """
         if draws != 1 and masks is None:
             raise ValueError(f"sample_losses: draws must be 1 when masks is None, got {draws}")
         rows = batch.repeat(draws)
         with ExitStack() as stack:
-            stack.enter_context(mode(self.model, train=masks is not None))
+            stack.enter_context(mode(self.model, train=train or masks is not None))
             stack.enter_context(direct_checkpoints())
             if masks is not None:
                 draw = torch.arange(masks.draw, masks.draw + draws, device=self.device).repeat(batch.size)

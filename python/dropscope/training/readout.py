@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dropscope.intercept import Call, Handlers
-from dropscope.masks import MaskKey, keep_probability
+from dropscope.masks import keep_probability
 from dropscope.problem import Batch, Problem
+from dropscope.randomness import Generators
 from dropscope.replay import ELEMENTWISE, arguments, described
 
 
@@ -92,8 +93,7 @@ def capture_readout(problem: Problem, batch: Batch, name: str) -> Readout:
             layer that gives the network's output.
     """
     seen = _Capture()
-    # The key switches dropout on; its masks are never drawn, for the capture answers every dropout call.
-    output, target, rows = problem.raw_outputs(batch, MaskKey(0), handlers=seen.handlers())
+    output, target, rows = problem.raw_outputs(batch, handlers=seen.handlers(), train=True)
     if seen.features is None:
         seen.problem = seen.problem or "no active dropout"
     elif seen.weight is None:
@@ -117,8 +117,11 @@ def squared_curvature(problem: Problem, name: str) -> float:
         ValueError: if the loss is of another form, found by comparing its second derivatives at two points.
     """
     problem.check(masks=True)
+    generators = Generators()
     with torch.no_grad():
         readout = capture_readout(problem, problem.sample, name)
+    if generators.restore():
+        raise ValueError(f"{name}: the network must have one dropout, before its read-out, got another random call")
     output = readout.output.detach()
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
