@@ -6,12 +6,18 @@ import torch as _torch  # noqa: F401  first: our extension shares torch's OpenMP
 
 from dropscope import losses
 from dropscope.analyses import (
+    Condensation,
     HessianVariance,
     IntervalFlatness,
+    LossLine,
+    LossPlane,
     PowerLaw,
     VarianceFlatness,
+    condensation,
     hessian_variance,
     interval_flatness,
+    loss_line,
+    loss_plane,
     variance_flatness,
 )
 from dropscope.estimate import Estimate
@@ -32,6 +38,7 @@ from dropscope.spectral import (
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "Condensation",
     "DiagonalEstimate",
     "EigenStatus",
     "Eigenpairs",
@@ -42,12 +49,15 @@ __all__ = [
     "Hessian",
     "HessianVariance",
     "IntervalFlatness",
+    "LossLine",
+    "LossPlane",
     "MaskKey",
     "PowerLaw",
     "Problem",
     "SpectralDensity",
     "SymmetricOperator",
     "VarianceFlatness",
+    "condensation",
     "diagonal",
     "dropout",
     "eigsh",
@@ -55,6 +65,8 @@ __all__ = [
     "interval_flatness",
     "keep_mask",
     "keep_probability",
+    "loss_line",
+    "loss_plane",
     "losses",
     "replay_dropout",
     "spectral_density",

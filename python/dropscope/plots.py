@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from dropscope.analyses import HessianVariance, IntervalFlatness, VarianceFlatness
     from dropscope.estimate import Estimate
     from dropscope.spectral import Eigenpairs, SpectralDensity
-    from dropscope.training.sde import Paths, WeakErrors
 
 
 @styled
@@ -283,37 +282,3 @@ def asinh_curve(density: SpectralDensity, width: float, smoothing: float = 0.12)
         return width * np.sinh(grid), mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
     relative = stats.t.isf(0.025, count - 1) * curves.std(0, ddof=1) / math.sqrt(count) / np.maximum(mean, 1e-300)
     return width * np.sinh(grid), mean, mean * np.exp(-relative), mean * np.exp(relative)
-
-
-@styled
-def path_risks(results: Paths | Mapping[str, Paths]) -> Figure:
-    """Risk along simulated paths: the mean, and two standard errors of it as a band."""
-    figure, axes = single(5.2, 3.4)
-    shown = series(results)
-    for (label, result), color in zip(shown.items(), shades(len(shown)), strict=True):
-        t, risk = result.times.numpy(), result.risk.numpy()
-        mean, error = risk.mean(1), 2.0 * risk.std(1) / math.sqrt(risk.shape[1])
-        axes.plot(t, mean, "o-" if len(t) < 3 else "-", color=color, label=label or result.process)
-        axes.fill_between(t, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
-    log_axis(axes, "y")
-    axes.set_xlabel(r"time  $t=\varepsilon\cdot$step")
-    axes.set_ylabel("risk, dropout off")
-    axes.legend(loc="best")
-    return figure
-
-
-@styled
-def weak_errors(results: Mapping[str, WeakErrors]) -> Figure:
-    """Weak errors against the learning rate, log–log, with two standard errors and the fitted slopes."""
-    figure, axes = single(5.2, 3.6)
-    for (label, result), color in zip(results.items(), shades(len(results)), strict=True):
-        x = np.array(result.epsilons)
-        text = rf"{label}: slope ${result.law.slope.value:.2f}\pm{result.law.slope.stderr:.2f}$"
-        law_line(axes, result.law, x, color)
-        scatter(axes, x, result.errors, color, text)
-    log_axis(axes, "x")
-    log_axis(axes, "y")
-    axes.set_xlabel(r"learning rate $\varepsilon$")
-    axes.set_ylabel(r"$\|E\,\Theta_T-E\,\theta_{T/\varepsilon}\|_2$")
-    axes.legend(loc="best")
-    return figure

@@ -64,9 +64,9 @@ class Paths:
 
     def plot(self) -> Figure:
         """Return a figure: the recorded risk, mean and spread over the paths."""
-        from dropscope import plots
+        from dropscope import plots_losses
 
-        return plots.path_risks(self)
+        return plots_losses.path_risks(self)
 
     def __repr__(self) -> str:
         return f"Paths({self.process}, {len(self.theta)} paths of {self.theta.shape[1]}, epsilon={self.epsilon:g})"
@@ -94,9 +94,9 @@ class WeakErrors:
 
     def plot(self) -> Figure:
         """Return a figure: error against learning rate, log–log, with the fitted law."""
-        from dropscope import plots
+        from dropscope import plots_losses
 
-        return plots.weak_errors({f"order {self.order}": self})
+        return plots_losses.weak_errors({f"order {self.order}": self})
 
     def __repr__(self) -> str:
         return f"WeakErrors(order {self.order}: slope {self.law.slope.value:.3f} ± {self.law.slope.stderr:.2g})"
