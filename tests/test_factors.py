@@ -41,7 +41,7 @@ def test_every_answer_is_that_of_the_rows(name):
     out = torch.zeros(3, problem.dim, dtype=torch.float64)
     grams = []
     for chunk in table.chunks():
-        start = chunk.start * chunk.draws
+        start = int(chunk.ids[0]) * chunk.draws
         chunk.accumulate(S[start : start + chunk.rows], out)
         grams.append(chunk.sample_gram())
     close = {"rtol": 0, "atol": 1e-9 * max(1.0, float(rows.square().sum()))}
@@ -67,7 +67,7 @@ def test_matrix_free_products_are_those_of_the_rows(name):
     out, P, grams = torch.zeros_like(V), [], []
     for chunk in table.chunks():
         P.append(chunk.project(V))
-        chunk.accumulate(S[chunk.start * 3 : chunk.start * 3 + chunk.rows], out)
+        chunk.accumulate(S[int(chunk.ids[0]) * 3 :][: chunk.rows], out)
         grams.append(chunk.sample_gram())
     torch.testing.assert_close(torch.cat(P), rows @ V.T, rtol=0, atol=1e-12 * float(rows.norm() * V.norm()))
     torch.testing.assert_close(out, S.T @ rows, rtol=0, atol=1e-12 * float(rows.norm() * S.norm()))
@@ -186,7 +186,8 @@ def test_caches_hold_the_same_rows(cache):
 
 
 def test_memory_decides_between_storing_and_making_again():
-    need = table_of(CASES["mlp"].problem()).plan.sample_bytes * 11
+    plan = table_of(CASES["mlp"].problem()).plan
+    need = 11 * (plan.shared_bytes + 3 * plan.draw_bytes)
     assert table_of(CASES["mlp"].problem(), cache="auto", memory=2 * need).cache == "factors"
     assert table_of(CASES["mlp"].problem(), cache="auto", memory=need - 1).cache == "recompute"
     with pytest.raises(ValueError, match=rf"memory must be at least {need} bytes"):
@@ -201,7 +202,7 @@ def test_counted_bytes_are_the_bytes_stored():
         table = table_of(problem)
         stored = sum(chunk.nbytes for chunk in table.chunks())
         biases = sum(problem.params[b].numel() for b in table.plan.biases.values()) * 8 * 3
-        assert stored == (table.plan.sample_bytes - biases) * problem.n
+        assert stored == (table.plan.shared_bytes + 3 * table.plan.draw_bytes - biases) * problem.n
 
 
 class Explosive(nn.Module):

@@ -6,10 +6,21 @@ import pytest
 import torch
 
 from dropscope.factors.blocks import DenseBlock, FactorBlock
+from dropscope.factors.chunk import Chunk
 from dropscope.factors.eigen import leading_eigenpairs
 from dropscope.reference import per_sample_gradients
 
 LAYERS = ((6, 5), (5, 4), (4, 3))
+
+
+def chunked(tables, draws):
+    """Chunks of blocks with their numbers of draws, of samples that follow each other."""
+    draws = draws if isinstance(draws, (list, tuple)) else [draws] * len(tables)
+    start, out = 0, []
+    for blocks, M in zip(tables, draws, strict=True):
+        ids = torch.arange(start, start := start + blocks[0].rows // M)
+        out.append(Chunk(ids, M, tuple(blocks)))
+    return out
 
 
 def table(samples, draws, dtype, *, chunk=None, steps=1, dense=True, decay=0.0, seed=0):
@@ -71,7 +82,7 @@ CASES = {
 def test_pairs_are_those_of_the_covariance(case, dtype):
     chunks, dim = table(dtype=dtype, **case)
     k, draws = 5, case["draws"]
-    pairs = leading_eigenpairs(chunks, draws, k, dim, tol=1e-7)
+    pairs = leading_eigenpairs(chunked(chunks, draws), k, dim, tol=1e-7)
     dense = covariance(chunks, dim, draws)
     expected = torch.linalg.eigvalsh(dense).flip(0)[:k]
     tolerance = 1e-8 if dtype == torch.float64 else 1e-4
@@ -88,7 +99,7 @@ def test_pairs_are_those_of_the_covariance(case, dtype):
 def test_all_pairs():
     """k up to the rank: the iteration spans all contrasts."""
     chunks, dim = table(5, 3, torch.float64)
-    pairs = leading_eigenpairs(chunks, 3, 10, dim)
+    pairs = leading_eigenpairs(chunked(chunks, 3), 10, dim)
     expected = torch.linalg.eigvalsh(covariance(chunks, dim, 3)).flip(0)[:10]
     torch.testing.assert_close(pairs.values, expected)
     assert float(pairs.residuals.max()) < 1e-12
@@ -96,8 +107,8 @@ def test_all_pairs():
 
 def test_bf16_shows_its_rounding_in_the_residuals():
     chunks, dim = table(100, 4, torch.float32, decay=1.0)
-    full = leading_eigenpairs(chunks, 4, 3, dim)
-    rounded = leading_eigenpairs(chunks, 4, 3, dim, precision="bf16")
+    full = leading_eigenpairs(chunked(chunks, 4), 3, dim)
+    rounded = leading_eigenpairs(chunked(chunks, 4), 3, dim, precision="bf16")
     torch.testing.assert_close(rounded.values, full.values, rtol=1e-2, atol=0)
     assert not torch.equal(rounded.values, full.values)
     dense = covariance(chunks, dim, 4)
@@ -115,7 +126,7 @@ def test_no_noise_and_low_rank():
         for x in (block.A, block.B):
             if len(x) == 60:
                 x[1:59:2] = x[0:58:2]
-    pairs = leading_eigenpairs(chunks, 2, 3, dim)
+    pairs = leading_eigenpairs(chunked(chunks, 2), 3, dim)
     assert float(pairs.values[0]) > 0
     assert float(pairs.values[1:].abs().max()) < 1e-14 * float(pairs.values[0])
     torch.testing.assert_close(pairs.vectors.T @ pairs.vectors, torch.eye(3, dtype=torch.float64))
@@ -123,7 +134,7 @@ def test_no_noise_and_low_rank():
     for block in chunks[0]:
         for x in (block.A, block.B):
             x.zero_()
-    pairs = leading_eigenpairs(chunks, 2, 3, dim)
+    pairs = leading_eigenpairs(chunked(chunks, 2), 3, dim)
     assert not pairs.values.any()
     assert not pairs.residuals.any()
     torch.testing.assert_close(pairs.vectors.T @ pairs.vectors, torch.eye(3, dtype=torch.float64))
@@ -131,7 +142,7 @@ def test_no_noise_and_low_rank():
 
 def test_same_bits_again():
     chunks, dim = table(60, 4, torch.float32)
-    first, second = (leading_eigenpairs(chunks, 4, 3, dim) for _ in range(2))
+    first, second = (leading_eigenpairs(chunked(chunks, 4), 3, dim) for _ in range(2))
     assert torch.equal(first.vectors, second.vectors)
     assert torch.equal(first.values, second.values)
 
@@ -140,6 +151,6 @@ def test_bad_input():
     chunks, dim = table(4, 2, torch.float64)
     for k in (0, 5, dim + 1):
         with pytest.raises(ValueError, match=rf"leading_eigenpairs: k must be in 1..4, got {k}"):
-            leading_eigenpairs(chunks, 2, k, dim)
+            leading_eigenpairs(chunked(chunks, 2), k, dim)
     with pytest.raises(ValueError, match="precision must be 'full' or 'bf16', got 'half'"):
-        leading_eigenpairs(chunks, 2, 1, dim, precision="half")
+        leading_eigenpairs(chunked(chunks, 2), 1, dim, precision="half")

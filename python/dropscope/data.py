@@ -51,9 +51,12 @@ class Batch:
         content = _map(self.content, lambda t: _along(t, size, dim, lambda t, d: t.repeat_interleave(draws, d)))
         return replace(self, samples=self.samples.repeat_interleave(draws), content=content)
 
-    def select(self, rows: slice) -> Batch:
-        """Return the batch of some of the rows."""
+    def select(self, rows: slice | Tensor) -> Batch:
+        """Return the batch of some of the rows, a slice or an index tensor."""
         size, dim = self.size, self.batch_dim
+        if isinstance(rows, Tensor):
+            content = _map(self.content, lambda t: _along(t, size, dim, lambda t, d: t.index_select(d, rows)))
+            return replace(self, samples=self.samples[rows], content=content)
         start, stop, _ = rows.indices(size)
         content = _map(self.content, _cut(size, dim, start, stop - start))
         return replace(self, samples=self.samples[rows], content=content)

@@ -17,7 +17,7 @@ Part = Factors | Tensor
 
 
 def record(
-    problem: Problem, batch: Batch, names: Mapping[int, str], key: MaskKey, draws: int
+    problem: Problem, batch: Batch, names: Mapping[int, str], key: MaskKey | None, draws: int
 ) -> tuple[list[Use], list[Tensor | None]]:
     """Run one pass over a batch under the draws key.draw, key.draw + 1, ...
 
@@ -25,7 +25,7 @@ def record(
         problem: the problem.
         batch: one of its batches.
         names: id of a parameter -> its name, for the parameters to capture; no weight gradient of these is computed.
-        key: the first draw.
+        key: the first draw; None switches dropout off.
         draws: number of draws.
 
     Returns:
@@ -47,13 +47,13 @@ def record(
     return recorder.uses, list(gradients)
 
 
-def require_finite(gradient: Tensor, batch: Batch, key: MaskKey, draws: int) -> None:
+def require_finite(gradient: Tensor, batch: Batch, key: MaskKey | None, draws: int) -> None:
     """Raise ValueError naming the batch if a gradient holds NaN or Inf; its sum does if and only if one does."""
     if not bool(torch.isfinite(gradient.sum())):
+        masks = "dropout off" if key is None else f"draws {key.draw} to {key.draw + draws - 1} of seed {key.seed}"
         raise ValueError(
             f"GradientNoise: gradients must be finite, got NaN or Inf in batch {batch.index} "
-            f"(samples {int(batch.samples[0])} to {int(batch.samples[-1])}, draws {key.draw} to "
-            f"{key.draw + draws - 1} of seed {key.seed})"
+            f"(samples {int(batch.samples[0])} to {int(batch.samples[-1])}, {masks})"
         )
 
 

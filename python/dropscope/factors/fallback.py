@@ -14,7 +14,7 @@ from dropscope.masks import MaskKey
 from dropscope.problem import Batch, Problem
 
 
-def dense_rows(problem: Problem, batch: Batch, names: Sequence[str], key: MaskKey, draws: int) -> list[Tensor]:
+def dense_rows(problem: Problem, batch: Batch, names: Sequence[str], key: MaskKey | None, draws: int) -> list[Tensor]:
     """Materialised gradients of the draws of every sample, each sample alone in its batch.
 
     Exact because a mask depends on the sample and not on the batch that it is in.
@@ -23,7 +23,7 @@ def dense_rows(problem: Problem, batch: Batch, names: Sequence[str], key: MaskKe
         problem: the problem.
         batch: one of its batches.
         names: the parameters.
-        key: the first draw.
+        key: the first draw; None switches dropout off.
         draws: number of draws.
 
     Returns:

@@ -50,13 +50,15 @@ class Plan:
     Attributes:
         routes: parameter -> route.
         biases: weight -> bias that has the very same uses, so that one block serves both.
-        sample_bytes: bytes that the stored gradients of one sample take, all draws together.
+        shared_bytes: bytes that the stored gradients of one sample take whatever the number of its draws.
+        draw_bytes: bytes that each of its draws takes besides.
         pass_bytes: bytes that one row of a pass keeps for its backward.
     """
 
     routes: dict[str, Route] = field(default_factory=dict)
     biases: dict[str, str] = field(default_factory=dict)
-    sample_bytes: int = 0
+    shared_bytes: int = 0
+    draw_bytes: int = 0
     pass_bytes: int = 0
 
     def names(self, *kinds: Kind) -> list[str]:
@@ -94,13 +96,14 @@ def make_plan(problem: Problem, batch: Batch, seed: int, draws: int, budget: int
         found, reason = _find(name, uses, gradients, trial.size, trial_draws, weights, truth)
         if found is not None:
             layout, part = found
-            plan.routes[name], size = _stored(part, layout, parameter.numel(), trial.size, draws)
-            plan.sample_bytes += size * parameter.element_size()
+            plan.routes[name], shared, each = _stored(part, layout, parameter.numel(), trial.size, draws)
+            plan.shared_bytes += shared * parameter.element_size()
+            plan.draw_bytes += each * parameter.element_size()
             continue
-        size = parameter.numel() * draws * parameter.element_size()
-        if size * problem.n <= dense_room:
-            dense_room -= size * problem.n
-            plan.sample_bytes += size
+        size = parameter.numel() * parameter.element_size()
+        if size * draws * problem.n <= dense_room:
+            dense_room -= size * draws * problem.n
+            plan.draw_bytes += size
             plan.routes[name] = Route("dense", f"{reason}; small enough to materialise")
         else:
             plan.routes[name] = Route("matrix_free", f"{reason}; too large to materialise")
@@ -188,17 +191,18 @@ def _combine(part: Part, weights: Tensor) -> Tensor:
     return out.reshape(-1)
 
 
-def _stored(part: Part, layout: Layout, numel: int, samples: int, draws: int) -> tuple[Route, int]:
-    """Route of a captured parameter, and how many numbers a sample stores."""
+def _stored(part: Part, layout: Layout, numel: int, samples: int, draws: int) -> tuple[Route, int, int]:
+    """Route of a captured parameter, and how many numbers a sample stores, once and for each of its draws."""
     if isinstance(part, Tensor):
-        return Route("rows", "the rule gives its rows", layout), numel * draws
+        return Route("rows", "the rule gives its rows", layout), 0, numel
     shared = draws > 1 and part.A.shape[0] == samples
     a, b = part.A.shape[1] * part.A.shape[2], part.B.shape[1] * part.B.shape[2]
     size = a * (1 if shared else draws) + b * draws
     if size < numel * draws:
         reason = f"{part.A.shape[1]} x ({part.A.shape[2]} + {part.B.shape[2]}) numbers instead of {numel}"
-        return Route("factors", reason + (", inputs shared by the draws" if shared else ""), layout), size
-    return Route("rows", f"{numel} numbers are fewer than its factors {a} + {b}", layout), numel * draws
+        reason += ", inputs shared by the draws" if shared else ""
+        return Route("factors", reason, layout), a if shared else 0, b if shared else a + b
+    return Route("rows", f"{numel} numbers are fewer than its factors {a} + {b}", layout), 0, numel
 
 
 def _pair(plan: Plan, uses: list[Use]) -> None:

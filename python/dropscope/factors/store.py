@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -18,8 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from dropscope.factors.allocation import Allocation, allocate, gradient_norms
 from dropscope.factors.blocks import Block, DenseBlock, FactorBlock
 from dropscope.factors.capture import join_draws, part_of, record, rows_of
+from dropscope.factors.chunk import Chunk, joined
 from dropscope.factors.fallback import MatrixFreeBlock, dense_rows
 from dropscope.factors.layers import Factors
 from dropscope.factors.plan import Plan, draws_masks, make_plan
@@ -33,69 +33,22 @@ STORE_SHARE, PASS_SHARE = 0.5, 0.25
 MAX_ROWS_PER_PASS = 4096
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Per-sample gradients of some samples under all M draws; rows are sample-major.
-
-    Attributes:
-        start: first sample.
-        samples: number of samples.
-        draws: M.
-        blocks: one for each group of parameters; their answers add.
-    """
-
-    start: int
-    samples: int
-    draws: int
-    blocks: tuple[Block, ...]
-
-    @property
-    def rows(self) -> int:
-        """Number of rows, samples · draws."""
-        return self.samples * self.draws
-
-    def project(self, Vt: Tensor) -> Tensor:
-        """⟨g_r, V_k⟩, (rows, K), for the rows of Vt (K, dim)."""
-        out = Vt.new_zeros(self.rows, len(Vt))
-        for block in self.blocks:
-            block.project(Vt, out)
-        return out
-
-    def accumulate(self, S: Tensor, out: Tensor) -> None:
-        """out[k] += Σ_r S[r, k] g_r; S: (rows, K), out: (K, dim)."""
-        S = S.contiguous()
-        for block in self.blocks:
-            block.accumulate(S, out)
-
-    def sample_gram(self) -> Tensor:
-        """⟨g_im, g_il⟩ of each sample, float64 (samples, M, M)."""
-        device = next((t.device for b in self.blocks for t in b.tensors().values()), None)
-        out = torch.zeros(self.samples, self.draws, self.draws, dtype=torch.float64, device=device)
-        for block in self.blocks:
-            block.add_sample_gram(out)
-        return out
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes stored."""
-        return sum(block.nbytes for block in self.blocks)
-
-
 class Table:
-    """The table g_im of per-sample gradients, i = 1..n, m = 1..M, as a sequence of chunks.
+    """The table g_im of per-sample gradients, i = 1..n, m = 1..M_i, as a sequence of chunks.
 
     Args:
         problem: the problem.
-        draws: M; the draws are 0..M-1 of ``seed``.
+        draws: mean of the M_i; the draws of sample i are 0..M_i-1 of ``seed``.
         seed: seed of the masks.
         cache: where it lives; ``"auto"`` is ``"factors"`` if it fits, else ``"recompute"``.
         sharing: ``"sample"``, or ``"batch"``: then the one "sample" is the whole data set.
         memory: bytes that it may take; by default half of what is free.
         progress: whether to show a progress bar while capturing.
+        allocation: ``"uniform"``: M_i = draws; ``"gradient"``: see :mod:`dropscope.factors.allocation`.
 
     Attributes:
         quiet: the model drew no mask, so that all draws are equal and one is stored.
-        stored_draws: M, or 1 when quiet.
+        counts: M_i, int64 (n,) on the CPU; ones when quiet.
 
     Raises:
         ValueError: if ``memory`` is too small, a gradient is not finite, or samples share a mask under
@@ -111,6 +64,7 @@ class Table:
         sharing: Sharing,
         memory: int | None,
         progress: bool,
+        allocation: Allocation = "uniform",
     ) -> None:
         problem.check(masks=True)
         if sharing == "sample" and problem.shared:
@@ -125,18 +79,36 @@ class Table:
         self.n = problem.n if sharing == "sample" else 1
         batch = next(iter(problem.batches()))
         self.quiet = not draws_masks(problem, batch, seed, sharing)
-        self.stored_draws = 1 if self.quiet else draws
         self.largest = batch.size
         self.plan = self._make_plan(batch)
         self.step = self._fit_pass(int((free if memory is None else memory) * PASS_SHARE))
-        self.cache = self._choose(cache)
+        self.asked: Cache = cache
         self.folder: Path | None = None
         self._chunks: list[Chunk] | None = None
         self._point: dict[str, tuple[float, float]] | None = None
+        self._norms = gradient_norms(problem, self.plan) if allocation == "gradient" and not self.quiet else None
+        self.redraw(draws)
+
+    def redraw(self, draws: int) -> None:
+        """Take another number of draws; what was captured is dropped. The smaller set of draws is part of the larger.
+
+        Args:
+            draws: mean of the M_i.
+
+        Raises:
+            ValueError: if they do not fit.
+        """
+        self.close()
+        self.draws = draws
+        if self._norms is None:
+            self.counts = torch.full((self.n,), 1 if self.quiet else draws, dtype=torch.int64)
+        else:
+            self.counts = allocate(self._norms, draws)
+        self.cache = self._choose(self.asked)
 
     def __len__(self) -> int:
-        """Number of rows stored, n·M."""
-        return self.n * self.stored_draws
+        """Number of rows stored, Σ M_i."""
+        return int(self.counts.sum())
 
     @property
     def complete(self) -> bool:
@@ -163,7 +135,7 @@ class Table:
             yield from self._chunks
 
     def gram(self) -> Tensor:
-        """⟨g_r, g_q⟩ of all rows, (nM, nM).
+        """⟨g_r, g_q⟩ of all rows, in the order of the chunks.
 
         Raises:
             ValueError: if a parameter is matrix-free, or the gradients are not stored.
@@ -173,13 +145,16 @@ class Table:
             raise ValueError(f"gram: every per-sample gradient must be stored, got {why}; use products instead")
         dtype = torch.promote_types(self.problem.dtype, torch.float32)
         out = torch.zeros(len(self), len(self), dtype=dtype, device=self.problem.device)
+        start = 0
         for i, rows in enumerate(self.chunks()):
-            at = slice(rows.start * rows.draws, rows.start * rows.draws + rows.rows)
-            for cols in itertools.islice(self.chunks(), i + 1):
-                to = slice(cols.start * cols.draws, cols.start * cols.draws + cols.rows)
+            at, left = slice(start, start := start + rows.rows), 0
+            for j, cols in enumerate(self.chunks()):
+                if j > i:
+                    break
+                to = slice(left, left := left + cols.rows)
                 for mine, other in zip(rows.blocks, cols.blocks, strict=True):
-                    mine.add_gram(mine if cols.start == rows.start else other, out[at, to])
-                if cols.start != rows.start:
+                    mine.add_gram(mine if i == j else other, out[at, to])
+                if i != j:
                     out[to, at] = out[at, to].T
         return out
 
@@ -210,15 +185,15 @@ class Table:
     def _make_plan(self, batch: Batch) -> Plan:
         size = self.problem.dim * torch.empty(0, dtype=self.problem.dtype).element_size()
         if self.sharing == "batch":
-            return Plan(sample_bytes=size * self.stored_draws, pass_bytes=1)
-        return make_plan(self.problem, batch, self.seed, self.stored_draws, self.budget)
+            return Plan(shared_bytes=0, draw_bytes=size, pass_bytes=1)
+        return make_plan(self.problem, batch, self.seed, 1 if self.quiet else self.draws, self.budget)
 
     def _fit_pass(self, room: int) -> int:
         """Rows of one pass."""
         return max(1, min(MAX_ROWS_PER_PASS, room // self.plan.pass_bytes))
 
     def _choose(self, cache: Cache) -> Cache:
-        need = self.plan.sample_bytes * self.n
+        need = self.plan.shared_bytes * self.n + self.plan.draw_bytes * len(self)
         if cache in ("auto", "factors") and need <= self.budget:
             return "factors"
         if cache == "factors" or (cache == "bf16" and need // 2 > self.budget):
@@ -228,7 +203,7 @@ class Table:
                 f"{self.n} samples, got {self.budget}; use fewer draws, or cache='disk' or 'recompute'"
             )
         if cache != "bf16":
-            chunk = self.plan.sample_bytes * min(self.n, self.largest if self.sharing == "sample" else 1)
+            chunk = need // self.n * min(self.n, self.largest if self.sharing == "sample" else 1)
             if chunk > self.budget:
                 raise ValueError(
                     f"GradientNoise: memory must be at least {chunk} bytes, what one batch of gradients takes, "
@@ -255,7 +230,7 @@ class Table:
                 kept.append(_emptied(chunk))
             else:
                 kept.append(chunk)
-        return kept
+        return kept if self.cache == "disk" else joined(kept)
 
     def _load(self, index: int, chunk: Chunk) -> Chunk:
         assert self.folder is not None
@@ -265,7 +240,7 @@ class Table:
                 block.replace({name: file.get_tensor(f"{b}.{name}") for name in block.tensors()})
                 for b, block in enumerate(chunk.blocks)
             )
-        return Chunk(chunk.start, chunk.samples, chunk.draws, blocks)
+        return chunk.replace(blocks)
 
     def _capture(self, title: str) -> Iterator[Chunk]:
         if self.sharing == "batch":
@@ -274,24 +249,27 @@ class Table:
         start = 0
         with tqdm(total=len(self), desc=title, unit="row", disable=not self.progress, leave=False) as bar:
             for batch in self.problem.batches():
-                yield Chunk(start, batch.size, self.stored_draws, tuple(self._blocks(batch)))
-                start += batch.size
-                bar.update(batch.size * self.stored_draws)
+                counts, start = self.counts[start : start + batch.size], start + batch.size
+                for draws in sorted(set(counts.tolist())):
+                    chosen = (counts == draws).nonzero().squeeze(1)
+                    part = batch if len(chosen) == batch.size else batch.select(chosen.to(batch.samples.device))
+                    yield Chunk(part.samples.cpu(), draws, tuple(self._blocks(part, draws)))
+                    bar.update(part.size * draws)
 
     def _full_gradients(self, title: str) -> Chunk:
-        rows = torch.empty(self.stored_draws, self.problem.dim, dtype=self.problem.dtype, device=self.problem.device)
-        for m in tqdm(range(self.stored_draws), desc=title, unit="draw", disable=not self.progress, leave=False):
+        draws = len(self)
+        rows = torch.empty(draws, self.problem.dim, dtype=self.problem.dtype, device=self.problem.device)
+        for m in tqdm(range(draws), desc=title, unit="draw", disable=not self.progress, leave=False):
             rows[m] = self.problem.gradient(MaskKey(self.seed, m), sharing="batch")
-        return Chunk(0, 1, self.stored_draws, (DenseBlock(rows, slice(0, self.problem.dim)),))
+        return Chunk(torch.zeros(1, dtype=torch.int64), draws, (DenseBlock(rows, slice(0, self.problem.dim)),))
 
-    def _groups(self, batch: Batch) -> list[tuple[int, int]]:
+    def _groups(self, batch: Batch, M: int) -> list[tuple[int, int]]:
         """(first draw, number of draws) of the passes over a batch."""
-        M = self.stored_draws
         step = max(1, min(M, self.step // batch.size))
         return [(first, min(step, M - first)) for first in range(0, M, step)]
 
-    def _blocks(self, batch: Batch) -> Iterator[Block]:
-        plan, blocks, groups = self.plan, self.problem.blocks, self._groups(batch)
+    def _blocks(self, batch: Batch, draws: int) -> Iterator[Block]:
+        plan, blocks, groups = self.plan, self.problem.blocks, self._groups(batch, draws)
         captured = plan.names("factors", "rows")
         if captured:
             passes = [self._pass(batch, captured, *group) for group in groups]
@@ -306,7 +284,7 @@ class Table:
                     yield DenseBlock(part, blocks[name])
         dense = plan.names("dense")
         if dense:
-            rows = dense_rows(self.problem, batch, dense, MaskKey(self.seed, 0), self.stored_draws)
+            rows = dense_rows(self.problem, batch, dense, MaskKey(self.seed, 0), draws)
             for name, G in zip(dense, rows, strict=True):
                 yield DenseBlock(G, blocks[name])
         free = plan.names("matrix_free")
@@ -343,10 +321,10 @@ def free_memory(device: torch.device) -> int:
 
 def _converted(chunk: Chunk, dtype: torch.dtype) -> Chunk:
     blocks = tuple(b.replace({name: t.to(dtype) for name, t in b.tensors().items()}) for b in chunk.blocks)
-    return Chunk(chunk.start, chunk.samples, chunk.draws, blocks)
+    return chunk.replace(blocks)
 
 
 def _emptied(chunk: Chunk) -> Chunk:
     """The chunk without its numbers, which are on disk: its shapes stay, on a device that stores nothing."""
     blocks = tuple(b.replace({name: t.to("meta") for name, t in b.tensors().items()}) for b in chunk.blocks)
-    return Chunk(chunk.start, chunk.samples, chunk.draws, blocks)
+    return chunk.replace(blocks)

@@ -3,54 +3,30 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dropscope import kernels
 from dropscope.estimate import Estimate
-from dropscope.factors import CACHES, Cache, Table
-from dropscope.factors.eigen import Precision
+from dropscope.factors import Allocation, Cache, Table
+from dropscope.factors.eigen import Precision, Verify
 from dropscope.masks import Sharing
 from dropscope.operators import noise_statistics as statistics
 from dropscope.operators.base import SymmetricOperator
-from dropscope.operators.covariance import CovarianceOperator, work_dtype
+from dropscope.operators.covariance import CovarianceOperator, MiniBatchNoise, work_dtype
+from dropscope.operators.noise_arguments import check_allocation, check_arguments
 from dropscope.problem import Problem
 
 if TYPE_CHECKING:
     from dropscope.operators.noise_spectrum import NoiseEigenpairs
 
 
-class Split(NamedTuple):
-    """Traces of the parts of the gradient noise, by the law of total covariance."""
-
-    dropout: Estimate
-    sampling: Estimate
-    total: Estimate
-
-
-@dataclass(frozen=True)
-class MiniBatchNoise:
-    """Noise of a gradient averaged over ``size`` samples drawn with replacement, each with masks of its own.
-
-    Attributes:
-        size: b.
-        dropout: W/b.
-        sampling: B/b.
-        total: (W + B)/b.
-    """
-
-    size: int
-    dropout: SymmetricOperator
-    sampling: SymmetricOperator
-    total: SymmetricOperator
-
-    def __repr__(self) -> str:
-        return f"MiniBatchNoise(size={self.size}, dim={self.dropout.dim})"
+# Where `target` stops: a mean number of draws.
+MOST_DRAWS = 512
 
 
 class GradientNoise:
@@ -60,32 +36,40 @@ class GradientNoise:
 
         W = (1/n) Σ_i Cov_η(g_i),    B = Cov over samples of E_η g_i,
 
-    and ``dropout`` = W/n is the covariance of the full-batch gradient over the masks. From M draws for every sample,
-    W/n is estimated without bias by n⁻² Σ_i (M-1)⁻¹ Σ_m (g_im - ḡ_i)(g_im - ḡ_i)ᵀ, and B by the covariance of the ḡ_i
-    less W/M (so it need not be positive). Products are exact for the drawn masks: per-sample gradients are kept as
-    factors, materialised, or replayed, whichever is smallest for each parameter (``problem.plan()``).
+    and ``dropout`` = W/n is the covariance of the full-batch gradient over the masks. From M_i draws of sample i, W/n
+    is estimated without bias by n⁻² Σ_i (M_i-1)⁻¹ Σ_m (g_im - ḡ_i)(g_im - ḡ_i)ᵀ, and B by the covariance of the ḡ_i
+    less (1/n) Σ_i Ĉ_i/M_i (so it need not be positive). Products are exact for the drawn masks: per-sample gradients
+    are kept as factors, materialised, or replayed, whichever is smallest for each parameter (``problem.plan()``).
 
     Args:
         problem: model, loss and data.
-        draws: M ≥ 2, masks per sample; errors need 4.
+        draws: masks per sample, at least 2, on average; errors need 4.
         seed: seed of the masks; the draws are 0..M-1.
-        cache: ``"factors"`` keeps the per-sample gradients in memory, ``"bf16"`` rounded to bfloat16 (relative error
-            2⁻⁹ each), ``"disk"`` in a temporary folder, ``"recompute"`` makes them again for every product;
-            ``"auto"`` is ``"factors"`` if they fit, else ``"recompute"``.
+        cache: ``"factors"`` keeps the per-sample gradients in memory, ``"bf16"`` rounded to bfloat16 (every number to
+            2⁻⁹ of itself; a product is then off by some 3·10⁻³ of its norm), ``"disk"`` in a temporary folder,
+            ``"recompute"`` makes them again for every product; ``"auto"`` is ``"factors"`` if they fit, else
+            ``"recompute"``.
         sharing: ``"sample"`` draws a mask for each sample; ``"batch"`` shares one over all samples: ``dropout`` is then
             the covariance over draws of the full-batch gradient, estimated from M of these, and there is no split.
+        allocation: ``"uniform"``: M_i = draws; ``"gradient"``: M_i - 2 ∝ ‖g_i‖^½ with dropout off, decided before any
+            draw: so unbiased, and for trained networks as good as 1.5 to 2.5 times as many uniform draws.
+        target: relative standard error asked of the trace, ``trace.stderr / trace.value``, e.g. 0.05. While it is
+            larger, ``draws`` is raised to what the error seen so far asks for, at most four times at once and to 512:
+            past that the trace says what was reached. The draws seen first are part of the later ones. Stopping by
+            the estimate biases it, by less than its error squared.
         memory: bytes that stored gradients may take; by default half of what is free.
         progress: whether to show progress bars.
 
     Attributes:
+        draws: the mean number of draws, asked for or come to.
         dropout: W/n.
         sampling: B/n.
         total: (W + B)/n, the noise of a gradient over n samples drawn with replacement.
 
     Raises:
         TypeError: if an argument is of the wrong kind.
-        ValueError: if draws < 2, an option is unknown, ``memory`` is too small, a gradient is not finite, or samples
-            share a mask (DropConnect, LayerDrop) under ``sharing="sample"``.
+        ValueError: if draws < 2, an option is unknown or does not go with ``sharing="batch"``, ``memory`` is too small,
+            a gradient is not finite, or samples share a mask (DropConnect, LayerDrop) under ``sharing="sample"``.
 
     Example:
         >>> from torch import nn
@@ -104,16 +88,42 @@ class GradientNoise:
         *,
         cache: Cache = "auto",
         sharing: Sharing = "sample",
+        allocation: Allocation = "uniform",
+        target: float | None = None,
         memory: int | None = None,
         progress: bool = False,
     ) -> None:
-        _check(problem, draws, seed, cache, sharing, memory)
+        check_arguments(problem, draws, seed, cache, sharing, memory)
+        check_allocation(sharing, allocation, target)
         self.problem, self.draws, self.seed, self.sharing, self.progress = problem, draws, seed, sharing, progress
         self.n = problem.n if sharing == "sample" else 1
-        self._table: Table | None = Table(problem, draws, seed, cache, sharing, memory, progress)
-        self.cache = self._table.cache
-        weight = 0.0 if self._table.quiet else 1.0 / (self.n**2 * (draws - 1))
-        self.dropout: SymmetricOperator = CovarianceOperator(self, within=weight)
+        self._table: Table | None = Table(problem, draws, seed, cache, sharing, memory, progress, allocation)
+        self.dropout: SymmetricOperator = CovarianceOperator(self, within=1.0 / self.n**2)
+        if target is not None:
+            self._draw_until(target)
+
+    def _draw_until(self, target: float) -> None:
+        """See ``target`` of the class."""
+        while self.draws < MOST_DRAWS and not self.table.quiet:
+            trace = self.trace
+            if trace.status != "no_error" and trace.stderr <= target * trace.value:
+                return
+            factor = 2.0 if trace.status == "no_error" else (trace.stderr / (target * trace.value)) ** 2
+            wanted = math.ceil(self.draws * min(max(1.1 * factor, 1.25), 4.0))
+            self.draws = min(max(wanted, statistics.MIN_DRAWS_FOR_ERROR), MOST_DRAWS)
+            self.table.redraw(self.draws)
+            for name in ("_moments", "_sample_grams", "mean"):
+                self.__dict__.pop(name, None)
+
+    @property
+    def counts(self) -> Tensor:
+        """M_i, the draws of every sample, int64 (n,)."""
+        return self.table.counts.clamp_min(self.draws) if self.table.quiet else self.table.counts
+
+    @property
+    def cache(self) -> Cache:
+        """Where the gradients live."""
+        return self.table.cache
 
     @property
     def table(self) -> Table:
@@ -139,9 +149,7 @@ class GradientNoise:
             )
         if self.n < 2:
             raise ValueError("GradientNoise.sampling: the data must have at least 2 samples, got 1")
-        M, n = self.table.stored_draws, self.n
-        within = 0.0 if M == 1 else -1.0 / (n**2 * M * (M - 1))
-        return CovarianceOperator(self, within=within, between=1.0 / (n * (n - 1) * M))
+        return CovarianceOperator(self, mean_error=-1.0 / self.n**2, between=1.0 / (self.n * (self.n - 1)))
 
     @cached_property
     def total(self) -> SymmetricOperator:
@@ -149,7 +157,7 @@ class GradientNoise:
         sampling, dropout = self.sampling, self.dropout
         assert isinstance(sampling, CovarianceOperator)
         assert isinstance(dropout, CovarianceOperator)
-        return CovarianceOperator(self, within=sampling.within + dropout.within, between=sampling.between)
+        return CovarianceOperator(self, within=dropout.within, mean_error=sampling.mean_error, between=sampling.between)
 
     def batch(self, size: int) -> MiniBatchNoise:
         """Rescale to the gradient averaged over ``size`` samples drawn with replacement.
@@ -171,17 +179,26 @@ class GradientNoise:
         return MiniBatchNoise(size, factor * self.dropout, factor * self.sampling, factor * self.total)
 
     def gram(self) -> Tensor:
-        """Return the Gram matrix of the centred gradients (g_im - ḡ_i)/(n √(M-1)), shape (nM, nM).
+        """Return the Gram matrix of the centred gradients (g_im - ḡ_i)/(n √(M_i-1)), shape (ΣM_i, ΣM_i).
 
-        Its nonzero eigenvalues are those of ``dropout``.
+        Its nonzero eigenvalues are those of ``dropout``. Rows are sample-major.
 
         Raises:
             ValueError: if a parameter is matrix-free, or the gradients are not stored.
         """
+        rows = int(self.counts.sum())
         if self.table.quiet:
-            return torch.zeros(self.n * self.draws, self.n * self.draws, dtype=self.dropout.dtype)
-        raw = kernels.center(self.table.gram(), self.draws, 1.0 / (self.n**2 * (self.draws - 1)))
-        return kernels.center(raw.T.contiguous(), self.draws)
+            return torch.zeros(rows, rows, dtype=self.dropout.dtype)
+        gram = self.table.gram()
+        for _ in range(2):
+            start = 0
+            for chunk in self.table.chunks():
+                part = gram[start : (start := start + chunk.rows)]
+                kernels.center(part, chunk.draws, 1.0 / (self.n * (chunk.draws - 1) ** 0.5))
+            gram = gram.T.contiguous()
+        samples = torch.cat([chunk.ids.repeat_interleave(chunk.draws) for chunk in self.table.chunks()])
+        order = samples.argsort(stable=True).to(gram.device)
+        return gram if bool((samples[1:] >= samples[:-1]).all()) else gram[order][:, order]
 
     def variance_along(self, V: Tensor) -> list[Estimate]:
         """Variance of the full-batch gradient along directions, vᵀ(W/n)v for each column of V scaled to unit length.
@@ -207,8 +224,8 @@ class GradientNoise:
         if self.table.quiet:
             return [Estimate(0.0, 0.0, math.inf, "ok", scale=True)] * columns.shape[1]
         Vt = (columns / norms.to(columns.dtype)).T.contiguous()
-        P = torch.cat([chunk.project(Vt).view(chunk.samples, self.draws, -1) for chunk in self.table.chunks()])
-        return statistics.direction_estimates(P, 1.0 / self.n**2)
+        projections = [chunk.project(Vt).view(chunk.samples, chunk.draws, -1) for chunk in self.table.chunks()]
+        return statistics.direction_estimates(projections, 1.0 / self.n**2)
 
     @property
     def trace(self) -> Estimate:
@@ -223,17 +240,17 @@ class GradientNoise:
 
     @property
     def effective_samples(self) -> float:
-        """N_e = (Σσ_i²)²/Σσ_i⁴, how many samples carry the noise; NaN for fewer than 4 draws."""
+        """N_e = (Σσ_i²)²/Σσ_i⁴, how many samples carry the noise; NaN if no sample has 4 draws."""
         return statistics.effective_samples(self._moments)
 
     @property
     def kurtosis(self) -> float:
-        """K, the excess kurtosis of the noise over masks; NaN for fewer than 4 draws."""
+        """K, the excess kurtosis of the noise over masks; NaN if no sample has 4 draws."""
         return statistics.kurtosis(self._moments)
 
     @property
     def gain(self) -> float:
-        """G = (K + 2N_e)/(K + 2), full-batch draws that one draw of every sample is worth."""
+        """G = (K + 2N_e)/(K + 2), full-batch draws that one uniform draw of every sample is worth."""
         return statistics.gain(self.effective_samples, self.kurtosis)
 
     def eigsh(
@@ -244,6 +261,7 @@ class GradientNoise:
         *,
         cross_validate: bool = True,
         precision: Precision = "full",
+        verify: Verify = "each",
         progress: bool | None = None,
     ) -> NoiseEigenpairs:
         """Return the k largest eigenpairs of ``dropout``, by the cheaper of Gram matrix and products.
@@ -255,13 +273,17 @@ class GradientNoise:
             cross_validate: whether to find the cross-validated values, which double the time.
             precision: ``"bf16"`` rounds the factors while the Gram matrix is formed: up to twice as fast where the CPU
                 multiplies bfloat16 natively, with residuals of some 10⁻³ of the largest eigenvalue.
+            verify: ``"each"`` takes a product for each pair, so that every residual is a true one; ``"together"`` a
+                single product, with a random combination of the pairs: for a handful of pairs up to twice as fast,
+                and a residual is then at least the root mean square over the pairs.
             progress: whether to show a progress bar; by default as for the capture.
 
         Returns:
-            The pairs, with cross-validated values where the Gram matrix was formed from 4 draws or more.
+            The pairs, with cross-validated values where the Gram matrix was formed from 4 draws or more. Where k is
+            above the rank, the values after it are zeros, with vectors that the noise does not reach.
 
         Raises:
-            ValueError: if k is not in 1..dim, tol not in (0, 1), or ``precision`` is unknown.
+            ValueError: if k is not in 1..dim, tol not in (0, 1), or an option is unknown.
         """
         from dropscope.operators.noise_spectrum import noise_eigenpairs
 
@@ -271,21 +293,36 @@ class GradientNoise:
             raise ValueError(f"GradientNoise.eigsh: precision must be 'full' or 'bf16', got {precision!r}")
         if not 0.0 < tol < 1.0:
             raise ValueError(f"GradientNoise.eigsh: tol must lie in (0, 1), got {tol!r}")
+        if verify not in ("each", "together"):
+            raise ValueError(f"GradientNoise.eigsh: verify must be 'each' or 'together', got {verify!r}")
         return noise_eigenpairs(
-            self, k, tol, seed, precision, cross_validate, self.progress if progress is None else progress
+            self,
+            k,
+            tol,
+            seed,
+            precision=precision,
+            verify=verify,
+            cross_validate=cross_validate,
+            progress=self.progress if progress is None else progress,
         )
 
-    def split(self) -> Split:
+    def split(self) -> statistics.Split:
         """Return the traces of ``dropout``, ``sampling`` and ``total``.
 
-        The error of the last two is a jackknife over draws: Student's t with M-1 degrees of freedom.
+        The error of the last two is a jackknife over the draws of every sample, for fixed data.
 
         Raises:
             ValueError: under ``sharing="batch"``, or if there is one sample.
         """
         _ = self.sampling  # refuses what has no split
-        sampling, total = statistics.split_traces(self._sample_grams, self._draw_gram)
-        return Split(self.trace, sampling, total)
+        mean = self.mean.unsqueeze(0)
+        chunks = self.table.chunks()
+        groups = [
+            (gram, chunk.project(mean).view(chunk.samples, chunk.draws).double())
+            for (_, gram), chunk in zip(self._sample_grams, chunks, strict=True)
+        ]
+        sampling, total = statistics.split_traces(groups, float(self.mean.double().square().sum()))
+        return statistics.Split(self.trace, sampling, total)
 
     def close(self) -> None:
         """Drop what is stored, in memory and on disk; nothing can be computed afterwards."""
@@ -302,10 +339,15 @@ class GradientNoise:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._table is None else f"cache={self.cache!r}"
+        if self._table is None:
+            state = "closed"
+        else:
+            few, most = int(self.counts.min()), int(self.counts.max())
+            spread = "" if few == most else f" ({few} to {most})"
+            state = f"draws={self.draws}{spread}, cache={self.cache!r}"
         return (
-            f"GradientNoise(dim={self.dropout.dim}, samples={self.problem.n}, draws={self.draws}, "
-            f"sharing={self.sharing!r}, seed={self.seed}, {state})"
+            f"GradientNoise(dim={self.dropout.dim}, samples={self.problem.n}, sharing={self.sharing!r}, "
+            f"seed={self.seed}, {state})"
         )
 
     def __str__(self) -> str:
@@ -318,56 +360,20 @@ class GradientNoise:
         )
 
     @cached_property
-    def _sample_grams(self) -> Tensor:
-        """⟨g_im, g_il⟩, float64 (n, M, M)."""
-        grams = torch.cat([chunk.sample_gram() for chunk in self.table.chunks()])
-        return grams.expand(-1, self.draws, self.draws) if self.table.quiet else grams
+    def _sample_grams(self) -> list[tuple[Tensor, Tensor]]:
+        """Positions of samples of equal numbers of draws and their ⟨g_im, g_il⟩, float64 (samples, M, M)."""
+        return [(chunk.ids, chunk.sample_gram()) for chunk in self.table.chunks()]
 
     @cached_property
     def _moments(self) -> statistics.TraceMoments:
-        return statistics.trace_moments(self._sample_grams)
-
-    @cached_property
-    def _draw_means(self) -> Tensor:
-        """(1/n) Σ_i g_im, the full-batch gradient of each draw, (M, dim)."""
-        M = self.table.stored_draws
-        out = torch.zeros(M, self.problem.dim, dtype=work_dtype(self.problem.dtype), device=self.problem.device)
-        for chunk in self.table.chunks():
-            each = torch.eye(M, dtype=out.dtype, device=out.device).repeat(chunk.samples, 1) / self.n
-            chunk.accumulate(each, out)
-        return out
-
-    @cached_property
-    def _draw_gram(self) -> Tensor:
-        means = self._draw_means.double()
-        gram = means @ means.T
-        return gram.expand(self.draws, self.draws) if self.table.quiet else gram
+        M = self.draws
+        parts = [(ids, gram.expand(-1, M, M) if self.table.quiet else gram) for ids, gram in self._sample_grams]
+        return statistics.gathered([(ids, statistics.trace_moments(gram)) for ids, gram in parts])
 
     @cached_property
     def mean(self) -> Tensor:
-        """Mean of all g_im, (dim,)."""
+        """Mean over the samples of their mean gradients ḡ_i, (dim,)."""
         out = torch.zeros(1, self.problem.dim, dtype=work_dtype(self.problem.dtype), device=self.problem.device)
         for chunk in self.table.chunks():
-            chunk.accumulate(out.new_full((chunk.rows, 1), 1.0 / len(self.table)), out)
+            chunk.accumulate(out.new_full((chunk.rows, 1), 1.0 / (self.n * chunk.draws)), out)
         return out[0]
-
-
-def _check(problem: object, draws: object, seed: object, cache: object, sharing: object, memory: object) -> None:
-    if not isinstance(problem, Problem):
-        raise TypeError(f"GradientNoise: problem must be a Problem, got {type(problem).__name__}")
-    if isinstance(draws, bool) or not isinstance(draws, int):
-        raise TypeError(f"GradientNoise: draws must be an int, got {draws!r}")
-    if not 2 <= draws < 2**32:
-        raise ValueError(f"GradientNoise: draws must be at least 2, got {draws}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"GradientNoise: seed must be an int, got {seed!r}")
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"GradientNoise: seed must lie in [0, 2**64), got {seed}")
-    if cache not in CACHES:
-        raise ValueError(f"GradientNoise: cache must be one of {CACHES}, got {cache!r}")
-    if sharing not in ("sample", "batch"):
-        raise ValueError(f"GradientNoise: sharing must be 'sample' or 'batch', got {sharing!r}")
-    if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int)):
-        raise TypeError(f"GradientNoise: memory must be an int of bytes or None, got {memory!r}")
-    if memory is not None and memory < 1:
-        raise ValueError(f"GradientNoise: memory must be positive, got {memory}")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from dropscope.estimate import Estimate
-from dropscope.factors import FactorBlock, Table
-from dropscope.factors.eigen import Precision, leading_eigenpairs
+from dropscope.factors import Chunk, FactorBlock, Table
+from dropscope.factors.eigen import Precision, Verify, leading_eigenpairs
 from dropscope.operators import noise_statistics as statistics
 from dropscope.spectral import Eigenpairs, EigenStatus, eigsh
 
@@ -30,7 +31,7 @@ class NoiseEigenpairs(Eigenpairs):
     is biased downwards. The two bracket the truth unless heavy_tailed.
 
     Attributes:
-        cross_validated: one for each pair; empty for fewer than 4 draws, or where products had to be used.
+        cross_validated: one for each pair; empty if no sample has 4 draws, or where products had to be used.
     """
 
     cross_validated: tuple[Estimate, ...] = ()
@@ -43,38 +44,56 @@ class NoiseEigenpairs(Eigenpairs):
 
 
 def noise_eigenpairs(
-    noise: GradientNoise, k: int, tol: float, seed: int, precision: Precision, cross_validate: bool, progress: bool
+    noise: GradientNoise,
+    k: int,
+    tol: float,
+    seed: int,
+    *,
+    precision: Precision,
+    verify: Verify,
+    cross_validate: bool,
+    progress: bool,
 ) -> NoiseEigenpairs:
     """See :meth:`GradientNoise.eigsh`."""
     table = noise.table
     if table.quiet or not gram_pays(table, k):
-        pairs = eigsh(noise.dropout, k, "LA", tol, seed=seed, progress=progress)
-        return NoiseEigenpairs(**vars(pairs))
-    chunks = [chunk.blocks for chunk in table.chunks()]
+        return _with_rank(NoiseEigenpairs(**vars(eigsh(noise.dropout, k, "LA", tol, seed=seed, progress=progress))))
+    chunks = list(table.chunks())
     # The residual of a pair of Σ is that of its pair of the Gram matrix times √(λ₁/λ): a tenth leaves room to λ₁/100.
-    found = leading_eigenpairs(chunks, table.draws, k, table.problem.dim, precision=precision, tol=0.1 * tol, seed=seed)
+    found = leading_eigenpairs(
+        chunks, k, table.problem.dim, precision=precision, verify=verify, tol=0.1 * tol, seed=seed
+    )
     scale = float(found.values[0].abs())
     converged = found.residuals <= tol * scale
-    crossed = _cross_validated(table, k, tol, seed, precision) if cross_validate and table.draws >= 4 else ()
-    return NoiseEigenpairs(
+    crossed = _cross_validated(chunks, k, table.problem.dim, tol, seed, precision) if cross_validate else ()
+    pairs = NoiseEigenpairs(
         values=found.values,
         vectors=found.vectors.to(noise.dropout.dtype),
         residuals=found.residuals,
         converged=converged,
         status=EigenStatus.CONVERGED if bool(converged.all()) else EigenStatus.ROUNDING,
-        matvecs=1,
+        matvecs=k if verify == "each" else 1,
         scale=scale,
         tol=tol,
         which="LA",
         cross_validated=crossed,
     )
+    return _with_rank(pairs)
+
+
+def _with_rank(pairs: NoiseEigenpairs) -> NoiseEigenpairs:
+    """Eigenvalues that are rounding of the largest are zeros, and the status says that the rank was met."""
+    zero = pairs.values <= 1e2 * torch.finfo(pairs.vectors.dtype).eps * float(pairs.values.max())
+    if not bool(zero.any()) or pairs.status is not EigenStatus.CONVERGED:
+        return pairs
+    return replace(pairs, values=torch.where(zero, 0.0, pairs.values), status=EigenStatus.RANK)
 
 
 def gram_pays(table: Table, k: int) -> bool:
     """Whether forming the Gram matrix costs fewer operations than the products, and fits."""
     rows = len(table)
     rank = rows - table.n
-    if k > rank or not table.complete or table.cache in ("recompute", "disk"):
+    if k > min(rank, table.problem.dim) or not table.complete or table.cache in ("recompute", "disk"):
         return False
     if rows * rows // 2 * torch.empty(0, dtype=table.problem.dtype).element_size() > table.budget:
         return False
@@ -88,21 +107,28 @@ def gram_pays(table: Table, k: int) -> bool:
     return rows * inner < 4 * table.problem.dim * max(TYPICAL_MATVECS, 2 * k)
 
 
-def _cross_validated(table: Table, k: int, tol: float, seed: int, precision: Precision) -> tuple[Estimate, ...]:
-    """Variance in each half of the draws along the eigenvectors of the other half."""
-    M, n = table.draws, table.n
-    halves = (slice(0, M // 2), slice(M // 2, M))
-    counts = (M // 2, M - M // 2)
-    if k > n * (counts[0] - 1):
+def _cross_validated(
+    chunks: Sequence[Chunk], k: int, dim: int, tol: float, seed: int, precision: Precision
+) -> tuple[Estimate, ...]:
+    """Variance in each half of the draws along the eigenvectors of the other half.
+
+    Samples of fewer than 4 draws have no halves: the vectors do without them, and all their draws count in the
+    variance, of which the vectors are then independent.
+    """
+    n = sum(chunk.samples for chunk in chunks)
+    halved = [chunk.halves() for chunk in chunks if chunk.draws >= statistics.MIN_DRAWS_FOR_ERROR]
+    others = [chunk for chunk in chunks if chunk.draws < statistics.MIN_DRAWS_FOR_ERROR]
+    if k > sum(half[0].rows - half[0].samples for half in halved):
         return ()
     sides = []
-    for mine, other in ((0, 1), (1, 0)):
-        chunks = [[block.take(M, halves[mine]) for block in chunk.blocks] for chunk in table.chunks()]
-        found = leading_eigenpairs(chunks, counts[mine], k, table.problem.dim, precision=precision, tol=tol, seed=seed)
-        del chunks
+    for mine in (0, 1):
+        found = leading_eigenpairs(
+            [half[mine] for half in halved], k, dim, precision=precision, verify="together", tol=tol, seed=seed
+        )
         Vt = found.vectors.T.contiguous()
-        P = torch.cat([chunk.project(Vt).view(chunk.samples, M, k)[:, halves[other]] for chunk in table.chunks()])
-        sides.append(statistics.direction_estimates(P, 1.0 / n**2))
+        rest = [half[1 - mine] for half in halved] + others
+        projections = [chunk.project(Vt).view(chunk.samples, chunk.draws, k) for chunk in rest]
+        sides.append(statistics.direction_estimates(projections, 1.0 / n**2))
     return tuple(mean_estimate(one, two) for one, two in zip(*sides, strict=True))
 
 

@@ -7,7 +7,9 @@ of within-sample variances is the sum of the variances' own within-sample varian
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +32,7 @@ class TraceMoments:
         trace_of_square: tr C_i².
         cumulant: Σ_jk of the fourth cumulant κ_jjkk = E‖x‖⁴ - (tr C_i)² - 2 tr C_i².
 
-    All but ``trace`` are NaN for fewer than 4 draws.
+    All but ``trace`` are NaN where a sample has fewer than 4 draws.
     """
 
     trace: Tensor
@@ -39,6 +41,14 @@ class TraceMoments:
     squared_trace: Tensor
     trace_of_square: Tensor
     cumulant: Tensor
+
+
+class Split(NamedTuple):
+    """Traces of the parts of the gradient noise, by the law of total covariance."""
+
+    dropout: Estimate
+    sampling: Estimate
+    total: Estimate
 
 
 def centre(X: Tensor, dim: int) -> Tensor:
@@ -86,6 +96,30 @@ def trace_moments(gram: Tensor) -> TraceMoments:
     )
 
 
+def in_order(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Values of groups of samples, as (ids, values), in the order of the samples."""
+    ids, values = torch.cat([ids for ids, _ in parts]), torch.cat([values for _, values in parts])
+    out = torch.empty_like(values)
+    out[ids.to(out.device)] = values
+    return out
+
+
+def gathered(parts: Sequence[tuple[Tensor, TraceMoments]]) -> TraceMoments:
+    """Moments of groups of samples, as (ids, moments), in the order of the samples."""
+    names = [field.name for field in fields(TraceMoments)]
+    return TraceMoments(**{name: in_order([(ids, getattr(m, name)) for ids, m in parts]) for name in names})
+
+
+def bounded(unknown: Tensor, values: Tensor) -> Tensor:
+    """Fill what fewer than 4 draws leave unknown beside samples with more: a variance by the square of its value.
+
+    E value² = truth² + variance: so the error is overstated, by little where few draws were given to small values.
+    With no sample of 4 draws everything stays NaN.
+    """
+    nan = torch.isnan(unknown)
+    return unknown if bool(nan.all()) else torch.where(nan, values.square(), unknown)
+
+
 def direction_moments(P: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sample variances along directions, their variances and the Gaussian form of these.
 
@@ -117,14 +151,15 @@ def scale_estimate(values: Tensor, variances: Tensor, gaussian: Tensor, factor: 
 
     Args:
         values: within-sample variances, float64 (n,).
-        variances: unbiased variances of them, NaN for fewer than 4 draws.
-        gaussian: their Gaussian form.
+        variances: unbiased variances of them; where fewer than 4 draws leave NaN, see :func:`bounded`.
+        gaussian: their Gaussian form, likewise.
         factor: multiplies the sum.
 
     Returns:
-        The estimate; its status is ``"heavy_tailed"`` for ν < 40 and ``"no_error"`` for fewer than 4 draws.
+        The estimate; its status is ``"heavy_tailed"`` for ν < 40 and ``"no_error"`` if no sample has 4 draws.
     """
-    total, error, floor = float(values.sum()), float(variances.sum()), float(gaussian.sum())
+    total = float(values.sum())
+    error, floor = (float(bounded(part, values).sum()) for part in (variances, gaussian))
     if math.isnan(error):
         return Estimate(factor * total, math.nan, math.nan, "no_error", scale=True)
     error = max(error, floor)
@@ -136,27 +171,29 @@ def scale_estimate(values: Tensor, variances: Tensor, gaussian: Tensor, factor: 
     )
 
 
-def direction_estimates(P: Tensor, factor: float) -> list[Estimate]:
-    """Variance along each direction, factor · Σ_i s_i², from P as in :func:`direction_moments`."""
-    variance, error, gaussian = direction_moments(P)
-    return [scale_estimate(variance[:, k], error[:, k], gaussian[:, k], factor) for k in range(P.shape[2])]
+def direction_estimates(projections: Sequence[Tensor], factor: float) -> list[Estimate]:
+    """Variance along each direction, factor · Σ_i s_i², from P of groups of samples as in :func:`direction_moments`."""
+    parts = zip(*(direction_moments(P) for P in projections), strict=True)
+    variance, error, gaussian = (torch.cat(part) for part in parts)
+    return [scale_estimate(variance[:, k], error[:, k], gaussian[:, k], factor) for k in range(variance.shape[1])]
 
 
 def effective_samples(moments: TraceMoments) -> float:
     """N_e = (Σσ_i²)² / Σσ_i⁴, σ_i² = tr C_i: how many samples carry the noise, between 1 and n.
 
     Both sums are estimated without bias: Σσ_i⁴ from disjoint pairs of draws, (Σσ_i²)² less the variance of Σσ̂_i².
+    Samples of fewer than 4 draws beside others enter by :func:`bounded`, which can only lower N_e.
 
     Returns:
-        N_e, kept in [1, n]; NaN for fewer than 4 draws; 0 when there is no noise.
+        N_e, kept in [1, n]; NaN if no sample has 4 draws; 0 when there is no noise.
     """
     n = len(moments.trace)
-    numerator = float(moments.trace.sum()) ** 2 - float(moments.variance.sum())
+    numerator = float(moments.trace.sum()) ** 2 - float(bounded(moments.variance, moments.trace).sum())
     if math.isnan(numerator):
         return math.nan
     if not bool((moments.trace > 0).any()):
         return 0.0
-    denominator = float(moments.squared_trace.sum())
+    denominator = float(bounded(moments.squared_trace, moments.trace).sum())
     return float(n) if denominator <= 0.0 else min(max(numerator / denominator, 1.0), float(n))
 
 
@@ -164,15 +201,15 @@ def kurtosis(moments: TraceMoments) -> float:
     """Excess kurtosis over masks, K = 2 Σ_i κ_i / Σ_i [(tr C_i)² + tr C_i²]; 0 for Gaussian noise.
 
     In one dimension it is Σκ₄ / Σσ⁴. It is the K for which the mean square error of the estimated covariance is
-    (K/M + 2/(M-1)) · ½ Σ_i [(tr C_i)² + tr C_i²].
+    (K/M + 2/(M-1)) · ½ Σ_i [(tr C_i)² + tr C_i²]. Samples of fewer than 4 draws say nothing about it.
 
     Returns:
-        K ≥ -2; NaN for fewer than 4 draws; 0 when there is no noise.
+        K ≥ -2; NaN if no sample has 4 draws; 0 when there is no noise.
     """
-    denominator = float((moments.squared_trace + moments.trace_of_square).sum())
-    if math.isnan(denominator):
+    if bool(torch.isnan(moments.cumulant).all()):
         return math.nan
-    return 0.0 if denominator <= 0.0 else max(2.0 * float(moments.cumulant.sum()) / denominator, -2.0)
+    denominator = float((moments.squared_trace + moments.trace_of_square).nansum())
+    return 0.0 if denominator <= 0.0 else max(2.0 * float(moments.cumulant.nansum()) / denominator, -2.0)
 
 
 def gain(samples: float, excess: float) -> float:
@@ -193,38 +230,51 @@ def gain(samples: float, excess: float) -> float:
     return math.inf if excess <= -2.0 else max((excess + 2.0 * samples) / (excess + 2.0), 1.0)
 
 
-def split_traces(sample_grams: Tensor, draw_gram: Tensor) -> tuple[Estimate, Estimate]:
-    """Traces of B/n and (W + B)/n, with errors from a jackknife over draws (Student's t, M-1 degrees of freedom).
+def split_traces(groups: Sequence[tuple[Tensor, Tensor]], mean_square: float) -> tuple[Estimate, Estimate]:
+    """Traces of B/n and (W + B)/n, with errors for fixed data from a jackknife over the draws of every sample.
 
-    tr B = [Σ_i ‖ḡ_i‖² - n‖ḡ‖²]/(n-1) - tr W/M.
+    tr B = Σ_i ‖ḡ_i - ḡ‖²/(n-1) - n⁻¹ Σ_i tr Ĉ_i/M_i, Ĉ_i the covariance over the M_i draws of sample i. Samples are
+    independent given the data, so the variances of leaving out one draw of one sample add; the sum is taken to have
+    Satterthwaite's degrees of freedom, each part having M_i - 1.
 
     Args:
-        sample_grams: ⟨g_im, g_il⟩, float64 (n, M, M).
-        draw_gram: Gram matrix of the full-batch gradients (1/n) Σ_i g_im of each draw, float64 (M, M).
+        groups: for samples of equal numbers of draws: ⟨g_im, g_il⟩, (s, M, M), and ⟨g_im, ḡ⟩, (s, M); float64.
+        mean_square: ‖ḡ‖².
 
     Returns:
-        The two estimates; without errors for fewer than 4 draws.
+        The two estimates; without errors if no sample has 4 draws.
     """
-    n, M = sample_grams.shape[:2]
-    # Removing the mean first costs nothing in exactness: both traces are differences of sums over pairs of draws.
-    sums = sample_grams.sum(0)
-    noise = centre(centre(sample_grams, 1), 2).diagonal(dim1=1, dim2=2).sum(0)
+    n = sum(len(gram) for gram, _ in groups)
+    values = torch.zeros(2, dtype=torch.float64)
+    errors, squares = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    most = 1
+    for gram, inner in groups:
+        M = gram.shape[1]
+        most = max(most, M)
+        gap = gram.mean((1, 2)) - 2 * inner.mean(1) + mean_square
+        norms = centre(centre(gram, 1), 2).diagonal(dim1=1, dim2=2)
+        trace = norms.sum(1) / max(M - 1, 1)
+        values += _traces(gap.sum() / (n - 1), trace.sum(), M, n).cpu()
+        if M == 1:
+            continue
+        # What leaving out draw m does to ‖ḡ_i - ḡ‖² summed over samples, and to tr Ĉ_i.
+        along = centre(gram.mean(2) - inner, 1)
+        change = norms * ((1 - 1 / n) / (M - 1) ** 2) - along * (2 / (M - 1))
+        left = trace[:, None] if M == 2 else (norms.sum(1, keepdim=True) - norms * (M / (M - 1))) / (M - 2)
+        moved = _traces(change / (n - 1), left, M - 1, n) - _traces(torch.zeros_like(change), trace[:, None], M, n)
+        spread = centre(moved, 2).square().sum(2) * ((M - 1) / M)
+        if M == 2:  # one draw left has no trace: its square, as in `bounded`
+            spread[1] += (trace * ((1 - 1 / M) / n**2)).square()
+        errors += spread.sum(1).cpu()
+        squares += spread.square().sum(1).cpu() / (M - 1)
+    if most < MIN_DRAWS_FOR_ERROR and most > 1:
+        return tuple(Estimate(v, math.nan, math.nan, "no_error") for v in values.tolist())  # type: ignore[return-value]
+    dofs = torch.where(squares > 0, errors.square() / squares.clamp_min(1e-300), math.inf).tolist()
+    parts = zip(values.tolist(), errors.sqrt().tolist(), dofs, strict=True)
+    return tuple(Estimate(value, error, dof) for value, error, dof in parts)  # type: ignore[return-value]
 
-    def traces(kept: list[int]) -> tuple[float, float]:
-        m = len(kept)
-        grid = torch.tensor(kept)
-        means = float(sums[grid][:, grid].sum() - n * n * draw_gram[grid][:, grid].sum() / n) / m**2
-        if m == M:
-            W = float(noise.sum()) / (M - 1) / n
-        else:
-            part = sample_grams[:, grid][:, :, grid]
-            W = float((part.diagonal(dim1=1, dim2=2).sum() - part.sum() / m) / max(m - 1, 1)) / n
-        B = means / (n - 1) - W / m
-        return B / n, (W + B) / n
 
-    values = traces(list(range(M)))
-    if M < MIN_DRAWS_FOR_ERROR:
-        return tuple(Estimate(v, math.nan, math.nan, "no_error") for v in values)  # type: ignore[return-value]
-    left = torch.tensor([traces([other for other in range(M) if other != m]) for m in range(M)], dtype=torch.float64)
-    errors = ((left - left.mean(0)).square().sum(0) * (M - 1) / M).sqrt().tolist()
-    return tuple(Estimate(v, e, M - 1) for v, e in zip(values, errors, strict=True))  # type: ignore[return-value]
+def _traces(between: Tensor, within: Tensor, draws: int, n: int) -> Tensor:
+    """What samples of so many draws add to the traces of B/n and (W + B)/n, stacked."""
+    sampling = between / n - within / (draws * n**2)
+    return torch.stack((sampling, sampling + within / n**2 + torch.zeros_like(between)))

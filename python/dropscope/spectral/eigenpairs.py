@@ -30,6 +30,7 @@ class EigenStatus(Enum):
         "the rounding of the products keeps residuals above tol: loosen tol, or use an operator in float64 "
         "(the residuals of these pairs are true ones)"
     )
+    RANK = "every pair's residual is within tol; k is above the operator's rank, and the values after it are zeros"
 
     def __str__(self) -> str:
         return f"{self.name.lower()}: {self.value}"
