@@ -45,7 +45,8 @@ class NoiseSource:
         """Covariance of the errors that the masks give to three logarithms, and its degrees of freedom.
 
         The three are Σ_k w_k v_kᵀΣ̂v_k, Tr Σ̂ and ‖VᵀΣ̂V‖_F². They share masks, so that their ratios are known far better
-        than each; the covariance is the jackknife over draws, M - 1 degrees of freedom.
+        than each; the covariance is the jackknife over the draws of every sample, whose variances add, linear in what
+        a draw left out changes. Satterthwaite's degrees of freedom of the three, the fewest.
 
         Args:
             V: unit columns (dim, k).
@@ -56,38 +57,54 @@ class NoiseSource:
         """
         if self.sampled is None or self.sampled.table.quiet:
             return torch.zeros(3, 3, dtype=torch.float64), 10**9
-        chunks, M = list(self.sampled.table.chunks()), self.sampled.draws
-        if M < 3:
+        chunks = list(self.sampled.table.chunks())
+        if max(chunk.draws for chunk in chunks) < 3:
             return torch.full((3, 3), math.nan, dtype=torch.float64), 0
         Vt = V.T.contiguous()
-        P = torch.cat([chunk.project(Vt).view(chunk.samples, M, -1) for chunk in chunks]).double()
-        gram = torch.cat([chunk.sample_gram() for chunk in chunks]).double()
-        P = P - P.mean(1, keepdim=True)
-        gram = gram - gram.mean(1, keepdim=True)
-        gram = gram - gram.mean(2, keepdim=True)
-        # Deviations sum to zero, so leaving draw m out takes (1 + 1/(M-1)) x_m x_mᵀ from the sum of squares.
-        whole, each = torch.einsum("imk,iml->kl", P, P), torch.einsum("imk,iml->mkl", P, P)
-        left = whole - each * M / (M - 1)
-        norms = gram.diagonal(dim1=1, dim2=2).sum(0)
-        traces = norms.sum() - norms * M / (M - 1)
-        products = (left.diagonal(dim1=1, dim2=2) * weights.to(left)).sum(1)
-        logs = torch.stack([products.abs(), traces, left.square().sum((1, 2))], 1).clamp_min(1e-300).log()
-        logs = logs - logs.mean(0)
-        return logs.T @ logs * (M - 1) / M, M - 1
+        projections = [chunk.project(Vt).view(chunk.samples, chunk.draws, -1).double() for chunk in chunks]
+        projections = [P - P.mean(1, keepdim=True) for P in projections]
+        norms = [_squared_deviations(chunk.sample_gram()) for chunk in chunks]
+        Ms = [chunk.draws for chunk in chunks]
+        parts = zip(projections, Ms, strict=True)
+        Sigma = sum(torch.einsum("imk,iml->kl", P, P) / (M - 1) for P, M in parts)
+        assert isinstance(Sigma, Tensor)
+        f64 = torch.float64
+        values, errors, squares = torch.zeros(3, dtype=f64), torch.zeros(3, 3, dtype=f64), torch.zeros(3, dtype=f64)
+        for P, norm, M in zip(projections, norms, Ms, strict=True):
+            # What x_m xᵀ_m adds to each of the three, the last linearised.
+            q = torch.stack([P.square() @ weights.to(P), norm, 2 * ((P @ Sigma) * P).sum(2)], 2)
+            values += q.sum((0, 1)) / (M - 1)
+            if M < 3:
+                continue
+            # Deviations sum to zero, so leaving out draw m takes (1 + 1/(M-1)) x_m x_mᵀ from the sum of squares.
+            moved = (q.mean(1, keepdim=True) - q) * (M / ((M - 1) * (M - 2)))
+            each = torch.einsum("ima,imb->iab", moved, moved) * ((M - 1) / M)
+            errors += each.sum(0)
+            squares += each.diagonal(dim1=1, dim2=2).square().sum(0) / (M - 1)
+        values[2] /= 2
+        dofs = errors.diagonal().square() / squares.clamp_min(1e-300)
+        scale = values.abs().clamp_min(1e-300)
+        return errors / (scale[:, None] * scale), max(1, int(dofs.min()))
 
     @property
     def square_bias(self) -> float:
         """E‖Σ̂‖_F² - ‖Σ‖_F² of the sampled Σ̂ = n⁻² Σ_i S_i; 0 for an exact operator or fewer than 4 draws.
 
-        E‖S_i - C_i‖_F² = κ_i/M + ((tr C_i)² + tr C_i²)/(M-1), κ_i the sum of the fourth cumulants κ_jkjk.
+        E‖S_i - C_i‖_F² = κ_i/M_i + ((tr C_i)² + tr C_i²)/(M_i-1), κ_i the sum of the fourth cumulants κ_jkjk.
         """
         if self.sampled is None:
             return 0.0
         noise = self.sampled
-        moments, M, n = noise.moments, noise.draws, noise.n
+        moments, M, n = noise.moments, noise.counts, noise.n
         each = moments.cumulant / M + (moments.squared_trace + moments.trace_of_square) / (M - 1)
-        total = float(each.sum()) / n**4
-        return 0.0 if math.isnan(total) else max(total, 0.0)
+        return max(float(each.nansum()) / n**4, 0.0)
+
+
+def _squared_deviations(gram: Tensor) -> Tensor:
+    """‖g_m - ḡ‖² of each sample's draws, (samples, M), from their Gram matrices."""
+    gram = gram.double() - gram.double().mean(1, keepdim=True)
+    gram = gram - gram.mean(2, keepdim=True)
+    return gram.diagonal(dim1=1, dim2=2)
 
 
 def noise_source(noise: GradientNoise | SymmetricOperator, caller: str) -> NoiseSource:
