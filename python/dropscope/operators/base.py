@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 class SymmetricOperator(ABC):
     """A symmetric linear map on flat parameter vectors, known by its products.
 
-    A subclass sets the fields below and defines :meth:`_matmat`; nothing else is overridden.
+    A subclass sets the fields below and defines :meth:`_matmat`; it may offer :meth:`low_precision` and :attr:`block`,
+    nothing else is overridden.
 
     Attributes:
         dim: length of a vector.
@@ -34,6 +35,19 @@ class SymmetricOperator(ABC):
     @abstractmethod
     def _matmat(self, V: Tensor) -> Tensor:
         """Product with the columns of V, shape (dim, k), checked and on the operator's device."""
+
+    def low_precision(self) -> SymmetricOperator | None:
+        """Return the same operator by cheaper, less accurate products, or None if there is none.
+
+        Vectors keep their dtype; only the arithmetic inside is shorter. ``eigsh(precision=...)`` measures the error
+        and the time of these products before it relies on them, and never takes convergence from them.
+        """
+        return None
+
+    @property
+    def block(self) -> int:
+        """Columns that a product takes together at a gain; 1 where it takes them one after the other."""
+        return 1
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """A @ v for a vector (dim,) or A @ V for columns (dim, k).
@@ -121,7 +135,12 @@ class SymmetricOperator(ABC):
 
     @staticmethod
     def from_callable(
-        fn: Callable[[Tensor], Tensor], dim: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        fn: Callable[[Tensor], Tensor],
+        dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        *,
+        low: Callable[[Tensor], Tensor] | None = None,
     ) -> SymmetricOperator:
         """Wrap a product as an operator.
 
@@ -130,12 +149,13 @@ class SymmetricOperator(ABC):
             dim: length of a vector.
             dtype: dtype of vectors.
             device: device of vectors.
+            low: a cheaper and less accurate ``fn``, which :meth:`low_precision` then offers.
 
         Returns:
             The operator. It is probed once: ⟨u, A v⟩ = ⟨A u, v⟩ on random u and v.
 
         Raises:
-            TypeError: if fn is not callable or dtype is not a floating dtype.
+            TypeError: if fn or low is not callable or dtype is not a floating dtype.
             ValueError: if dim < 1, fn returns another shape, or fn is not symmetric.
 
         Example:
@@ -143,21 +163,35 @@ class SymmetricOperator(ABC):
             >>> A @ torch.ones(3)
             tensor([2., 2., 2.])
         """
-        return FromCallable(fn, dim, dtype, torch.device(device))
+        A = FromCallable(fn, dim, dtype, torch.device(device), low)
+        check_symmetric(A, subject="from_callable: fn")
+        return A
 
 
 class FromCallable(SymmetricOperator):
     """See :meth:`SymmetricOperator.from_callable`."""
 
-    def __init__(self, fn: Callable[[Tensor], Tensor], dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        fn: Callable[[Tensor], Tensor],
+        dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        low: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         if not callable(fn):
             raise TypeError(f"from_callable: fn must be callable, got {type(fn).__name__}")
+        if low is not None and not callable(low):
+            raise TypeError(f"from_callable: low must be callable or None, got {type(low).__name__}")
         if not isinstance(dim, int) or dim < 1:
             raise ValueError(f"from_callable: dim must be a positive int, got {dim!r}")
         if not dtype.is_floating_point:
             raise TypeError(f"from_callable: dtype must be a floating dtype, got {dtype}")
-        self.fn, self.dim, self.dtype, self.device, self.blocks = fn, dim, dtype, device, {}
-        check_symmetric(self, subject="from_callable: fn")
+        self.fn, self.low, self.dim, self.dtype, self.device, self.blocks = fn, low, dim, dtype, device, {}
+
+    def low_precision(self) -> SymmetricOperator | None:
+        """Return the operator of ``low``; it is not probed, for its rounding need not be symmetric."""
+        return None if self.low is None else FromCallable(self.low, self.dim, self.dtype, self.device)
 
     def _matmat(self, V: Tensor) -> Tensor:
         columns = []
@@ -183,6 +217,18 @@ class Combination(SymmetricOperator):
         self.terms = list(terms)
         self.dim, self.dtype, self.device = first.dim, first.dtype, first.device
         self.blocks = first.blocks if all(op.blocks == first.blocks for _, op in terms) else {}
+
+    def low_precision(self) -> SymmetricOperator | None:
+        """Return the sum in which every term that offers cheaper products makes them."""
+        low = [(factor, operator.low_precision()) for factor, operator in self.terms]
+        if all(operator is None for _, operator in low):
+            return None
+        return Combination([(c, cheap or full) for (c, cheap), (_, full) in zip(low, self.terms, strict=True)])
+
+    @property
+    def block(self) -> int:
+        """The widest of the terms'."""
+        return max(operator.block for _, operator in self.terms)
 
     def _matmat(self, V: Tensor) -> Tensor:
         out = torch.zeros_like(V)
@@ -214,6 +260,16 @@ class Restricted(SymmetricOperator):
         for name, where in chosen.items():
             self.blocks[name] = slice(start, start := start + where.stop - where.start)
         self.dim = start
+
+    def low_precision(self) -> SymmetricOperator | None:
+        """Return the same block of the operator's cheaper products."""
+        low = self.operator.low_precision()
+        return None if low is None else Restricted(low, list(self.source))
+
+    @property
+    def block(self) -> int:
+        """The operator's."""
+        return self.operator.block
 
     def _matmat(self, V: Tensor) -> Tensor:
         full = V.new_zeros(self.operator.dim, V.shape[1])

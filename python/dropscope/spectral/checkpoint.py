@@ -11,11 +11,14 @@ from safetensors import SafetensorError
 
 from dropscope import _files
 from dropscope.operators.base import SymmetricOperator
+from dropscope.spectral.davidson import Davidson
 from dropscope.spectral.krylov import Krylov
 
 EVERY = 5.0  # seconds between two writes, more when a write is slow: at most a twentieth of the time is spent on them
-KRYLOV = ("size", "first", "beta", "norm", "index", "restore", "broke", "steps")
+KRYLOV = ("size", "first", "beta", "norm", "index", "restore", "broke", "steps", "seconds")
 SOLVER = ("share", "spent", "discrepancy", "examined", "accept_from", "settled")
+PRECISION = ("stage", "precision", "error", "tried", "before")
+DAVIDSON = ("size", "pending", "matvecs", "scale", "worst")
 
 
 class Resumable(Protocol):
@@ -23,9 +26,18 @@ class Resumable(Protocol):
 
     A: SymmetricOperator
     krylov: Krylov
+    davidson: Davidson | None
+    stage: Any
     k: int
     which: Any
     seed: int
+    asked: Any
+
+    def lower(self) -> None:
+        """Let the recurrence make low-precision products."""
+
+    def refine(self, pending: int, scale: float) -> Davidson:
+        """Begin Davidson steps on the first ``pending`` rows of the basis."""
 
 
 class Checkpoint:
@@ -45,15 +57,23 @@ class Checkpoint:
             "which": s.which,
             "seed": s.seed,
             "basis": s.krylov.capacity,
+            "precision": s.asked,
         }
 
     def save(self) -> None:
         """Write the state now."""
         start = time.monotonic()
-        krylov = self.solver.krylov
-        arrays = {"basis": krylov.basis[: krylov.size + 1], "T": krylov.T, "errors": krylov.errors}
-        state = {name: getattr(krylov, name) for name in KRYLOV} | {n: getattr(self.solver, n) for n in SOLVER}
-        _files.write_arrays(self.path, arrays, {"identity": self._identity(), "state": state})
+        krylov, davidson = self.solver.krylov, self.solver.davidson
+        state = {name: getattr(krylov, name) for name in KRYLOV}
+        state |= {name: getattr(self.solver, name) for name in SOLVER + PRECISION}
+        if davidson is None:
+            arrays = {"basis": krylov.basis[: krylov.size + 1], "T": krylov.T, "errors": krylov.errors}
+            refined = None
+        else:
+            arrays = {"basis": davidson.vectors[: davidson.size + davidson.pending]}
+            arrays |= {"images": davidson.images[: davidson.size], "H": davidson.H}
+            refined = {name: getattr(davidson, name) for name in DAVIDSON}
+        _files.write_arrays(self.path, arrays, {"identity": self._identity(), "state": state, "davidson": refined})
         end = time.monotonic()
         self.next = end + max(EVERY, 20 * (end - start))
 
@@ -81,13 +101,22 @@ class Checkpoint:
                     f"eigsh: checkpoint must belong to this problem, but {name} is {saved.get(name)!r} in "
                     f"{str(self.path)!r} and {mine!r} here"
                 )
-        krylov, state = self.solver.krylov, metadata["state"]
+        solver, krylov, state = self.solver, self.solver.krylov, metadata["state"]
         krylov.basis[: len(arrays["basis"])].copy_(arrays["basis"])
-        krylov.T.copy_(arrays["T"])
-        krylov.errors.copy_(arrays["errors"])
-        for owner, names in ((krylov, KRYLOV), (self.solver, SOLVER)):
+        for owner, names in ((krylov, KRYLOV), (solver, SOLVER + PRECISION)):
             for name in names:
                 setattr(owner, name, state[name])
+        if solver.stage in ("low", "davidson"):
+            solver.lower()
+        if refined := metadata["davidson"]:
+            davidson = solver.refine(refined["pending"], refined["scale"])
+            davidson.images[: len(arrays["images"])].copy_(arrays["images"])
+            davidson.H.copy_(arrays["H"])
+            for name in DAVIDSON:
+                setattr(davidson, name, refined[name])
+        else:
+            krylov.T.copy_(arrays["T"])
+            krylov.errors.copy_(arrays["errors"])
         return True
 
     def remove(self) -> None:

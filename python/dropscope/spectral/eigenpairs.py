@@ -46,10 +46,12 @@ class Eigenpairs:
         residuals: float64 (k,), ‖A v − λ v‖: true ones, or upper bounds confirmed by a true product.
         converged: bool (k,), residual ≤ tol · max |θ|.
         status: how the iteration ended.
-        matvecs: products made, those that confirm included.
+        matvecs: full-precision products made, those that confirm included.
         scale: max |θ| over the Ritz values of the last basis, the norm of A in practice.
         tol: the tolerance asked for.
         which: the end of the spectrum asked for.
+        low_matvecs: low-precision products made, those of a trial included.
+        precision: "full" or "mixed", with the reason where it was decided on the way.
     """
 
     values: Tensor
@@ -61,13 +63,17 @@ class Eigenpairs:
     scale: float
     tol: float
     which: Which
+    low_matvecs: int = 0
+    precision: str = "full"
 
     def __repr__(self) -> str:
         count, k = int(self.converged.sum()), len(self.values)
+        low = f" and {self.low_matvecs} in low precision" if self.low_matvecs else ""
         lines = [
             f"Eigenpairs({count} of {k} converged, which={self.which}, dim={self.vectors.shape[0]}, "
-            f"tol={self.tol:g}, {self.matvecs} products)",
+            f"tol={self.tol:g}, {self.matvecs} products{low})",
             f"  status  {self.status}",
+            *([f"  {'precision':<7} {self.precision}"] if self.precision != "full" else []),
             f"  {'':>4}  {'eigenvalue':>15}  {'residual':>9}",
         ]
         for i in range(k):
@@ -85,7 +91,7 @@ class Eigenpairs:
             The path.
         """
         arrays = {name: getattr(self, name) for name in ("values", "vectors", "residuals", "converged")}
-        rest = {name: getattr(self, name) for name in ("matvecs", "scale", "tol", "which")}
+        rest = {name: getattr(self, name) for name in ("matvecs", "scale", "tol", "which", "low_matvecs", "precision")}
         return _files.write_arrays(path, arrays, {"kind": "eigenpairs", "status": self.status.name, **rest})
 
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -34,10 +35,12 @@ class Krylov:
         beta: norm of what is left after the last step; 0 after a breakdown.
         norm: the largest ‖A q‖ seen, a lower bound of ‖A‖.
         steps: products made so far, over all restarts.
+        asymmetry: share of ``norm`` from which a coupling that T cannot hold is a defect of the operator.
+        seconds: what the last product took.
         broke: whether the last step ended in an invariant subspace, so that the next vector is a fresh random one.
     """
 
-    def __init__(self, A: SymmetricOperator, capacity: int, *, seed: int, full: bool) -> None:
+    def __init__(self, A: SymmetricOperator, capacity: int, *, seed: int, full: bool, function: str = "eigsh") -> None:
         """Make room; :meth:`start` draws the first vector.
 
         Args:
@@ -45,8 +48,10 @@ class Krylov:
             capacity: steps that the basis can hold, at most ``A.dim``.
             seed: seed of the start vector and of those drawn after breakdowns.
             full: make every vector orthogonal to the whole basis, measured or not.
+            function: what refusals name.
         """
-        self.A, self.seed, self.full = A, seed, full
+        self.A, self.seed, self.full, self.function = A, seed, full, function
+        self.asymmetry, self.seconds = ASYMMETRY, 0.0
         self.breakdown = 16 * torch.finfo(A.dtype).eps
         self.basis = torch.empty(capacity + 1, A.dim, dtype=A.dtype, device=A.device)
         self.T = torch.zeros(capacity, capacity, dtype=torch.float64)
@@ -76,12 +81,26 @@ class Krylov:
         self._draw(self.basis[0], 0, index, kind)
         self.index = index + 1
 
+    def start_from(self, s: Tensor, share: float) -> None:
+        """Begin anew from Σ sᵢ qᵢ over the first rows qᵢ of ``basis``, a share of a random direction mixed in."""
+        kernels.rotate(self.basis[: len(s)], s[:, None].contiguous())
+        q, index = self.basis[0], self.index
+        self._draw(self.basis[1], 0, index, "normal")
+        q.div_(float(torch.linalg.vector_norm(q, dtype=torch.float64))).add_(self.basis[1], alpha=share)
+        q.div_(float(torch.linalg.vector_norm(q, dtype=torch.float64)))
+        self.T.zero_()
+        self.errors.zero_()
+        self.size, self.first, self.beta, self.restore, self.broke, self.index = 0, 0, 0.0, False, False, index + 1
+
     def product(self, v: Tensor) -> Tensor:
-        """A v; an error names the step."""
+        """A v, or A V for columns; an error names the step."""
+        start = time.perf_counter()
         try:
-            return self.A @ v
+            image = self.A @ v
         except ValueError as error:
-            raise ValueError(f"Lanczos step {self.steps + 1}: {error}") from error
+            raise ValueError(f"{self.function}: Lanczos step {self.steps + 1}: {error}") from error
+        self.seconds = time.perf_counter() - start  # @ reads its result: a device has finished by now
+        return image
 
     def advance(self) -> None:
         """Make one product and extend the basis by one vector.
@@ -89,8 +108,18 @@ class Krylov:
         Raises:
             ValueError: if the product is not finite, or the operator is not symmetric.
         """
+        self.extend(self.product(self.basis[self.size]))
+
+    def extend(self, w: Tensor) -> None:
+        """Extend the basis by one vector.
+
+        Args:
+            w: A q, q being row ``size`` of the basis; overwritten if it is contiguous.
+
+        Raises:
+            ValueError: if the operator is not symmetric.
+        """
         j, Q = self.size, self.basis
-        w = self.product(Q[j])
         if w.untyped_storage().data_ptr() == Q.untyped_storage().data_ptr() or not w.is_contiguous():
             w = w.clone(memory_format=torch.contiguous_format)  # an operator may return what it was given
         found, norm, _ = kernels.orthogonalize(Q[self.first : j + 1], w, force=True)
@@ -108,9 +137,9 @@ class Krylov:
                 rest, beta, _ = kernels.orthogonalize(Q[: j + 1], w, force=True)
                 removed += rest.cpu()
             alpha, gap = alpha + float(removed[j]), math.hypot(gap, float(removed[:j].norm()))
-        if gap > ASYMMETRY * size:
+        if gap > self.asymmetry * size:
             raise ValueError(
-                f"A must be symmetric and the same at every product: at Lanczos step {self.steps + 1} "
+                f"{self.function}: A must be symmetric and the same at every product: at Lanczos step {self.steps + 1} "
                 f"<q_i, A q_j> and <A q_i, q_j> "
                 f"differ by {gap:.3g} where the largest product has norm {size:.3g}"
             )
