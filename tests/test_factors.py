@@ -142,13 +142,13 @@ class Conv1D(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(4))
         self.mix = nn.Parameter(torch.randn(4, 2))
         self.norm, self.place = nn.LayerNorm(4), nn.Embedding(5, 3)
-        self.conv = nn.Conv1d(4, 4, 2, padding=1, stride=2)
+        self.conv, self.groups = nn.Conv1d(4, 4, 2, padding=1, stride=2), nn.GroupNorm(2, 4)
 
     def forward(self, x):
         x = x + self.place(torch.arange(x.shape[1]).expand(x.shape[:2]))
         h = torch.addmm(self.bias, x.view(-1, 3), self.weight).view(*x.shape[:2], 4)
         h = F.dropout(torch.tanh(self.norm(h)), 0.3, self.training)
-        h = torch.tanh(self.conv(h.mT)).mT
+        h = torch.tanh(self.groups(self.conv(h.mT))).mT
         return (h @ self.mix).mean(1)
 
 

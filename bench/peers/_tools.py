@@ -48,7 +48,12 @@ def eigenthings_ggn(net: Network) -> Any:
     return GGNOperator(net.model, [(net.x, net.y)], supervised_forward, loss)
 
 
-def curvlinops(net: Network, kind: str = "HessianLinearOperator", **options: Any) -> Any:
+def curvlinops(
+    net: Network,
+    kind: str = "HessianLinearOperator",
+    batches: list[tuple[Tensor, Tensor]] | None = None,
+    check_deterministic: bool = False,
+) -> Any:
     """A linear operator of curvlinops."""
     import curvlinops as package
 
@@ -58,8 +63,8 @@ def curvlinops(net: Network, kind: str = "HessianLinearOperator", **options: Any
             net.model,
             nn.CrossEntropyLoss(),
             list(net.model.parameters()),
-            [(net.x, net.y)],
-            **{"check_deterministic": False, **options},
+            batches or [(net.x, net.y)],
+            check_deterministic=check_deterministic,
         )
 
 
@@ -108,7 +113,11 @@ def exact_product(net: Network) -> Product:
     gradient = flat(torch.autograd.grad(risk, parameters, create_graph=True))
 
     def product(v: Tensor) -> Tensor:
-        return flat(torch.autograd.grad(gradient, parameters, grad_outputs=v.double(), retain_graph=True))
+        """H v, or the rows H vᵢ for the rows of a matrix."""
+        parts = torch.autograd.grad(
+            gradient, parameters, grad_outputs=v.double(), retain_graph=True, is_grads_batched=v.ndim == 2
+        )
+        return torch.cat([part.flatten(v.ndim - 1) for part in parts], -1)
 
     return product
 
@@ -137,10 +146,10 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found.detach().double() - expected).norm() / expected.norm())
 
 
-def refuses(call: Callable[[], Any], error: type[BaseException], words: str) -> str:
+def refuses(call: Callable[[], Any], error: type[BaseException] | tuple[type[BaseException], ...], words: str) -> str:
     """Assert that a call raises this error with these words, and return them for the note."""
     raised = error_of(call)
-    assert isinstance(raised, error), f"expected {error.__name__} with {words!r}, got {raised!r}"
+    assert isinstance(raised, error), f"expected {error} with {words!r}, got {raised!r}"
     assert words in str(raised), f"expected {words!r}, got {raised}"
     return f"{type(raised).__name__}: {words}"
 

@@ -116,6 +116,7 @@ class Recorder:
             F.conv1d: self._guard(self._conv),
             F.conv2d: self._guard(self._conv),
             F.layer_norm: self._guard(self._layer_norm),
+            F.group_norm: self._guard(self._group_norm),
             F.embedding: self._guard(self._embedding),
         }
 
@@ -260,6 +261,29 @@ class Recorder:
             lambda x, w, b: F.layer_norm(x, normalized_shape, w, b, eps),
             weight_part,
             bias_part,
+        )
+
+    def _group_norm(
+        self,
+        input: Tensor,  # noqa: A002
+        num_groups: int,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Any:
+        if weight is None:
+            return NotImplemented
+
+        def weight_part(x: Tensor, b: Tensor, rows: int, layout: Layout) -> Tensor:
+            return channel_bias(b * F.group_norm(x, num_groups, None, None, eps), rows, layout)
+
+        return self._affine(
+            input,
+            weight,
+            bias,
+            lambda x, w, b: F.group_norm(x, num_groups, w, b, eps),
+            weight_part,
+            channel_bias,
         )
 
     def _embedding(
