@@ -57,9 +57,13 @@ def write(folder: Path = RESULTS, page: Path = HERE / "README.md", known: Iterab
         if shown:
             parts.append("Machine: " + ", ".join(f"{key} {value}" for key, value in about.items()) + ".")
             parts.append(table(sorted(shown, key=lambda row: row.name)))
-    head, rest = page.read_text().split(BEGIN)
-    text = "\n\n".join(parts)
-    page.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}")
+    replace_between(page, BEGIN, END, "\n\n".join(parts))
+
+
+def replace_between(page: Path, begin: str, end: str, text: str) -> None:
+    """Put text between two marks of a page, in place of what stood there."""
+    head, rest = page.read_text().split(begin)
+    page.write_text(f"{head}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}")
 
 
 def table(rows: Iterable[Row]) -> str:

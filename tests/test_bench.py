@@ -171,6 +171,44 @@ def test_rows_are_kept_and_shown(tmp_path: Path):
     assert readme.read_text().count("\n| ") == 2
 
 
+def test_exponents_of_scaling_lines(tmp_path: Path):
+    from dataclasses import asdict, replace
+
+    from bench import scaling
+    from bench.scaling import AXES, JOBS, Fit, Setting
+
+    fit = Fit.of([1.0, 2.0, 4.0, 8.0], [3.0, 12.0, 48.0, 192.0])
+    assert fit.exponent == pytest.approx(2.0)
+    assert fit.error < 1e-6
+    bent = Fit.of([1.0, 2.0, 4.0], [1.0, 2.0, 8.0])  # slopes 1 and 2 in logarithms to base 2
+    assert bent.exponent == pytest.approx(1.5)
+    assert bent.error == pytest.approx((1 / 6 / 2) ** 0.5)
+
+    def cost(at: Setting) -> float:
+        return 1e-9 * at.n * at.parameters * at.draws**0.5
+
+    settings = [replace(Setting(), **{axis: value}) for axis, values in AXES.items() for value in values]
+    points = [
+        {**asdict(at), "job": job, "seconds": cost(at) / at.threads, "memory": 1000 * at.n, "products": None}
+        for job in JOBS
+        for at in dict.fromkeys(settings)
+    ]
+    found = scaling.fits(points, "seconds")
+    assert found["noise product", "n"].exponent == pytest.approx(1.0)
+    assert found["noise product", "width"].exponent == pytest.approx(1.0)
+    assert found["noise spectrum", "draws"].exponent == pytest.approx(0.5)
+    assert scaling.fits(points, "memory")["Hessian product", "n"].exponent == pytest.approx(1.0)
+    run = {"seconds": 1.0, "memory": 2**30}
+    pairs = {"values": [1.0], "converged": [True], "products": 3}
+    largest = {**asdict(Setting()), "parameters": 10**8, "noise product": run, "Hessian eigsh": run, "pairs": pairs}
+    text = scaling.section(points, {"cpu": "x"}, largest)
+    assert "| noise product | 1.00 ± 0.00 | 1.00 ± 0.00 |" in text
+    assert "2.00x" in text
+    assert "1e+08 parameters" in text
+    scaling.draw(points, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
+
+
 SUITE = """
 from bench.harness import Contest, Unavailable, contest
 
