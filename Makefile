@@ -26,7 +26,7 @@ format: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(PIP) --group bench
-	$(BIN)/python -m bench --readme
+	$(BIN)/python -m bench --readme; status=$$?; $(BIN)/python -m bench.scaling && exit $$status
 
 # Every figure and table of the four papers again: docs/papers.md and docs/papers/.
 papers: $(VENV)/installed

@@ -25,6 +25,12 @@ def chosen(patterns: list[str]) -> list[str]:
     return found
 
 
+def gone(name: str) -> bool:
+    """Whether no such benchmark exists; one whose module cannot be imported here may."""
+    module = "bench." + name.partition(":")[0]
+    return name not in REGISTRY and (module in sys.modules or module not in modules().values())
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("patterns", nargs="*", help="run the benchmarks whose name contains one of these; default all")
@@ -49,7 +55,7 @@ def main() -> int:
     options += ["--keep"] if args.keep or args.readme else []
     status = pytest.main([*options, *(addresses if args.patterns else [str(HERE)])])
     if args.readme:
-        page.write(known=REGISTRY)
+        page.write(gone=gone)
     return int(status)
 
 

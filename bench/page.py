@@ -6,7 +6,7 @@ import datetime
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +42,18 @@ def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
     return stored["machine"], [Row.from_json(fields) for fields in rows]
 
 
-def write(folder: Path = RESULTS, page: Path = HERE / "README.md", known: Iterable[str] = ()) -> None:
-    """Rewrite the tables of a page from all results.
+def write(folder: Path = RESULTS, page: Path = HERE / "README.md", gone: Callable[[str], bool] | None = None) -> None:
+    """Rewrite the tables of a page from all results; benchmarks that a machine cannot run are not shown.
 
     Args:
         folder: where the results are.
         page: has the marks BEGIN and END.
-        known: names of the benchmarks that exist; rows of others are left out. Empty: all are shown.
+        gone: tells from its name whether a benchmark exists no more; its row is then left out.
     """
-    parts, names = [], set(known)
+    parts = []
     for path in sorted(folder.glob("*.json")):
         about, rows = read(path)
-        shown = [row for row in rows if not names or row.name in names]
+        shown = [row for row in rows if not (gone and gone(row.name)) and not row.status.startswith("skipped")]
         if shown:
             parts.append("Machine: " + ", ".join(f"{key} {value}" for key, value in about.items()) + ".")
             parts.append(table(sorted(shown, key=lambda row: row.name)))

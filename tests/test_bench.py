@@ -166,7 +166,9 @@ def test_rows_are_kept_and_shown(tmp_path: Path):
     assert "Machine: cpu Some CPU @ 2.5GHz, threads 2." in text
     assert "| work (a / b), 2 threads | 2 ms | other: 20 ms | 10x | 50% of copy (2.00 times it) | ours: 1 MiB |" in text
     assert "failed: it died" in text
-    page.write(tmp_path, readme, known=["m:f"])
+    page.keep(Row("m:h", "elsewhere", "skipped: no such device"), about, path)
+    page.write(tmp_path, readme, gone=lambda name: name == "m:g")
+    assert "elsewhere" not in readme.read_text()
     assert "it died" not in readme.read_text()
     assert readme.read_text().count("\n| ") == 2
 
