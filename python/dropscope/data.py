@@ -61,6 +61,12 @@ class Batch:
         content = _map(self.content, _cut(size, dim, start, stop - start))
         return replace(self, samples=self.samples[rows], content=content)
 
+    def take(self, rows: Tensor) -> Batch:
+        """Return the batch of the rows with these indices."""
+        size, dim = self.size, self.batch_dim
+        content = _map(self.content, lambda t: _along(t, size, dim, lambda t, d: t.index_select(d, rows.to(t.device))))
+        return replace(self, samples=self.samples[rows.to(self.samples.device)], content=content)
+
 
 class Batches:
     """The data of a problem: iterable again and again, checked to be the same each time.

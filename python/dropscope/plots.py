@@ -37,7 +37,7 @@ from dropscope.plot_style import (
 )
 
 if TYPE_CHECKING:
-    from dropscope.analyses import HessianVariance, IntervalFlatness, VarianceFlatness
+    from dropscope.analyses import HessianVariance, IntervalFlatness, NoiseTrace, VarianceFlatness
     from dropscope.estimate import Estimate
     from dropscope.spectral import Eigenpairs, SpectralDensity
 
@@ -202,6 +202,30 @@ def alignment(risks: Sequence[float], results: Sequence[HessianVariance]) -> Fig
         axes.invert_xaxis()
         axes.set_xlabel(r"training loss $R$")
         axes.legend(loc="center right", bbox_to_anchor=(1.0, 0.5), handletextpad=0.3)
+    return figure
+
+
+@styled
+def noise_trace(result: NoiseTrace) -> Figure:
+    """Tr(HΣ) beside its isotropic null, and the cosine of H and Σ beside its same-spectrum null, along training."""
+    figure = Figure(figsize=(7.6, 3.3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    x = np.array([moment.step for moment in result.moments], float)
+    shown = (
+        (left, "trace_product", VERMILION, "o", r"$\mathrm{Tr}(H\Sigma)$"),
+        (left, "isotropic", BLUE, "s", r"$\mathrm{Tr}(H\bar\Sigma)$, isotropic null"),
+        (right, "cosine", VERMILION, "o", r"cosine of $H$ and $\Sigma$"),
+        (right, "null", BLUE, "s", "same spectra, random eigenvectors"),
+    )
+    for axes, name, color, marker, label in shown:
+        estimates = [getattr(moment.alignment, name) for moment in result.moments]
+        axes.plot(x, [e.value for e in estimates], color=color, linewidth=1.2)
+        scatter(axes, x, estimates, color, label, marker)
+    for axes in (left, right):
+        log_axis(axes, "y")
+        axes.set_xlabel("training step")
+        axes.legend(loc="best", handletextpad=0.3)
+    left.set_ylabel(r"loss$^3$/$\theta^4$")
     return figure
 
 

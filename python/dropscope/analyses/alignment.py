@@ -32,6 +32,10 @@ class Alignment:
         cosine: Tr(HΣ) / (‖H‖_F ‖Σ‖_F).
         null: the mean of that cosine when the spectra stay and the eigenvectors are random,
             (Tr H · Tr Σ / D) / (‖H‖_F ‖Σ‖_F).
+        isotropic: Tr(HΣ̄) = Tr H · Tr Σ / D, the product for isotropic noise of equal trace, which is also its mean over
+            random eigenvectors at the same spectra.
+        null_spread: standard deviation of the cosine over random eigenvectors at the same spectra,
+            √(2/((D-1)(D+2))) · ‖H₀‖_F‖Σ₀‖_F / (‖H‖_F‖Σ‖_F) with H₀ = H - (Tr H/D) I, Σ₀ likewise.
         probes: random vectors used beyond the deflated basis.
     """
 
@@ -43,7 +47,14 @@ class Alignment:
     ratio: Estimate
     cosine: Estimate
     null: Estimate
+    isotropic: Estimate
+    null_spread: float
     probes: int
+
+    @property
+    def excess(self) -> float:
+        """How many standard deviations of the same-spectrum null the cosine lies above its mean."""
+        return (self.cosine.value - self.null.value) / self.null_spread if self.null_spread > 0.0 else math.nan
 
     def __repr__(self) -> str:
         return f"Alignment(ratio {self.ratio!r}, cosine {self.cosine.value:.3g}, null {self.null.value:.3g})"
@@ -157,5 +168,15 @@ def _assemble(means: Vector, covariance: Vector, dim: int, masks: MaskError, pro
         ratio=monomial((1, -1, -1, 0, 0), float(dim)),
         cosine=monomial((1, 0, 0, -0.5, -0.5)),
         null=monomial((0, 1, 1, -0.5, -0.5), 1.0 / dim),
+        isotropic=monomial((0, 1, 1, 0, 0), 1.0 / dim),
+        null_spread=_null_spread(means, dim),
         probes=probes,
     )
+
+
+def _null_spread(means: Vector, dim: int) -> float:
+    """Standard deviation of Tr(H QΣQᵀ)/(‖H‖_F‖Σ‖_F) over Haar-distributed Q."""
+    if dim < 2 or means[3] <= 0.0 or means[4] <= 0.0:
+        return math.nan
+    parts = (max(1.0 - means[1] ** 2 / (dim * means[3]), 0.0), max(1.0 - means[2] ** 2 / (dim * means[4]), 0.0))
+    return math.sqrt(2.0 * parts[0] * parts[1] / ((dim - 1) * (dim + 2)))

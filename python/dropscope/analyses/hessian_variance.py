@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dropscope.analyses.alignment import Alignment, MaskError, measure_alignment
-from dropscope.analyses.noise_source import NoiseSource, check_pairs, noise_source
+from dropscope.analyses.noise_source import Noise, NoiseSource, check_pairs, noise_source
 from dropscope.analyses.power_law import PowerLaw, fit_power_law
 from dropscope.analyses.saving import save_result
 from dropscope.estimate import Estimate, EstimateStatus
@@ -20,7 +20,6 @@ from dropscope.operators.base import SymmetricOperator
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from dropscope.operators.gradient_noise import GradientNoise
     from dropscope.spectral import Eigenpairs
 
 
@@ -94,7 +93,7 @@ class HessianVariance:
 
 def hessian_variance(
     H: SymmetricOperator,
-    noise: GradientNoise | SymmetricOperator,
+    noise: Noise,
     k: int = 20,
     *,
     top: Eigenpairs | None = None,
@@ -114,7 +113,8 @@ def hessian_variance(
 
     Args:
         H: the Hessian.
-        noise: a ``GradientNoise`` (then its dropout part, with errors) or any covariance operator (taken as exact).
+        noise: a ``GradientNoise`` (then its dropout part, with errors), ``NoiseData`` of the parameters of H, or any
+            covariance operator (taken as exact).
         k: number of eigenpairs, from the largest eigenvalue down; those that are not positive enter no fit.
         top: eigenpairs of H computed before, instead of computing them here.
         probes: random vectors for the traces, at least 2.

@@ -1,62 +1,107 @@
-"""One face for the two things an analysis takes as noise: sampled dropout noise with errors, or an exact operator."""
+"""One face for everything an analysis takes as noise: sampled dropout noise, collected data, or an exact operator."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
+from dropscope.analyses.noise_data import NoiseData
 from dropscope.estimate import Estimate
+from dropscope.operators import noise_statistics as statistics
 from dropscope.operators.base import SymmetricOperator
+from dropscope.problem import Problem
 
 if TYPE_CHECKING:
     from dropscope.operators.gradient_noise import GradientNoise
     from dropscope.spectral import Eigenpairs
 
+Noise: TypeAlias = "GradientNoise | NoiseData | SymmetricOperator"
+# Of a delete-a-group jackknife over rows: enough for an error of the error of a tenth.
+GROUPS = 50
+
 
 @dataclass(frozen=True)
 class NoiseSource:
-    """A covariance Σ and, where it was estimated from sampled masks, the errors of what is read off it.
+    """A covariance Σ that is known exactly, by products.
 
     Attributes:
         operator: products with Σ.
-        sampled: the noise behind it; None for an operator that is taken as exact.
     """
 
     operator: SymmetricOperator
-    sampled: GradientNoise | None = None
 
     def along(self, V: Tensor) -> list[Estimate]:
         """vᵀΣv for each unit column v of V, (dim, k)."""
-        if self.sampled is not None:
-            return self.sampled.variance_along(V)
         values: Tensor = (V.double() * (self.operator @ V).double()).sum(0)
         return [Estimate(value, 0.0, scale=True) for value in values.tolist()]
+
+    def leading(self, k: int, tol: float, seed: int, progress: bool) -> Eigenpairs:
+        """The k leading eigenpairs, by the noise's own route where it has one."""
+        from dropscope.spectral import eigsh
+
+        return eigsh(self.operator, k, which="LA", tol=tol, seed=seed, progress=progress)
 
     @property
     def trace(self) -> Estimate | None:
         """Tr Σ with its error; None when only products are known."""
-        return None if self.sampled is None else self.sampled.trace
+        return None
 
-    def log_covariance(self, V: Tensor, weights: Tensor) -> tuple[Tensor, int]:
-        """Covariance of the errors that the masks give to three logarithms, and its degrees of freedom.
+    def log_covariance(self, V: Tensor, weights: Tensor) -> tuple[Tensor, int]:  # noqa: ARG002
+        """Covariance of the errors that sampling gives to three logarithms, and its degrees of freedom.
 
         The three are Σ_k w_k v_kᵀΣ̂v_k, Tr Σ̂ and ‖VᵀΣ̂V‖_F². They share masks, so that their ratios are known far better
-        than each; the covariance is the jackknife over the draws of every sample, whose variances add, linear in what
-        a draw left out changes. Satterthwaite's degrees of freedom of the three, the fewest.
+        than each; the covariance is a jackknife.
 
         Args:
             V: unit columns (dim, k).
             weights: w, (k,).
 
         Returns:
-            The (3, 3) matrix, zero for an exact operator and NaN for fewer than 3 draws, and its degrees of freedom.
+            The (3, 3) matrix, zero for an exact operator and NaN where unknown, and its degrees of freedom.
         """
-        if self.sampled is None or self.sampled.table.quiet:
-            return torch.zeros(3, 3, dtype=torch.float64), 10**9
+        return torch.zeros(3, 3, dtype=torch.float64), 10**9
+
+    @property
+    def square_bias(self) -> float:
+        """E‖Σ̂‖_F² - ‖Σ‖_F² of a sampled Σ̂; 0 where it is unknown."""
+        return 0.0
+
+
+@dataclass(frozen=True)
+class SampledSource(NoiseSource):
+    """Dropout noise estimated from M masks for every sample.
+
+    Attributes:
+        sampled: the noise behind the operator.
+    """
+
+    sampled: GradientNoise
+
+    def along(self, V: Tensor) -> list[Estimate]:
+        """vᵀΣv with errors from the draws of every sample."""
+        return self.sampled.variance_along(V)
+
+    def leading(self, k: int, tol: float, seed: int, progress: bool) -> Eigenpairs:  # noqa: ARG002
+        """The k leading eigenpairs, by Gram matrix or products."""
+        return self.sampled.eigsh(k)
+
+    @property
+    def trace(self) -> Estimate | None:
+        """Tr Σ with its error."""
+        return self.sampled.trace
+
+    def log_covariance(self, V: Tensor, weights: Tensor) -> tuple[Tensor, int]:
+        """See :meth:`NoiseSource.log_covariance`.
+
+        The jackknife is over the draws of every sample, whose variances add, linear in what a draw left out changes.
+        Satterthwaite's degrees of freedom of the three, the fewest.
+        """
+        if self.sampled.table.quiet:
+            return super().log_covariance(V, weights)
         chunks = list(self.sampled.table.chunks())
         if max(chunk.draws for chunk in chunks) < 3:
             return torch.full((3, 3), math.nan, dtype=torch.float64), 0
@@ -88,16 +133,79 @@ class NoiseSource:
 
     @property
     def square_bias(self) -> float:
-        """E‖Σ̂‖_F² - ‖Σ‖_F² of the sampled Σ̂ = n⁻² Σ_i S_i; 0 for an exact operator or fewer than 4 draws.
+        """E‖Σ̂‖_F² - ‖Σ‖_F² of the sampled Σ̂ = n⁻² Σ_i S_i; 0 for fewer than 4 draws.
 
         E‖S_i - C_i‖_F² = κ_i/M_i + ((tr C_i)² + tr C_i²)/(M_i-1), κ_i the sum of the fourth cumulants κ_jkjk.
         """
-        if self.sampled is None:
-            return 0.0
-        noise = self.sampled
-        moments, M, n = noise.moments, noise.counts, noise.n
-        each = moments.cumulant / M + (moments.squared_trace + moments.trace_of_square) / (M - 1)
-        return max(float(each.nansum()) / n**4, 0.0)
+        return _square_bias(self.sampled.moments, self.sampled.counts) / self.sampled.n**4
+
+
+@dataclass(frozen=True)
+class DataSource(NoiseSource):
+    """Rows of collected data: independent draws of a gradient, or runs of a trajectory.
+
+    Attributes:
+        data: the rows.
+    """
+
+    data: NoiseData
+
+    def along(self, V: Tensor) -> list[Estimate]:
+        """The projected variance of the rows."""
+        return self.data.variance_along(V)
+
+    def leading(self, k: int, tol: float, seed: int, progress: bool) -> Eigenpairs:
+        """The principal components."""
+        return self.data.eigsh(k, tol, seed, progress=progress)
+
+    @property
+    def trace(self) -> Estimate | None:
+        """Tr Σ with its error."""
+        return self.data.trace
+
+    def log_covariance(self, V: Tensor, weights: Tensor) -> tuple[Tensor, int]:
+        """See :meth:`NoiseSource.log_covariance`; the jackknife leaves out a run, or one of 50 groups of rows."""
+        X, data = self.data.rows, self.data
+        groups = data.runs if data.kind == "trajectory" else min(GROUPS, len(X))
+        P, norms = (X @ V).double(), X.double().square().sum(1)
+        parts, sizes = P.tensor_split(groups), norms.tensor_split(groups)
+        scatters = torch.stack([part.T @ part for part in parts])
+        traces = torch.stack([part.sum() for part in sizes])
+        return jackknife(scatters.sum(0), scatters, traces.sum(), traces, weights)
+
+    @property
+    def square_bias(self) -> float:
+        """E‖Σ̂‖_F² - ‖Σ‖_F² of independent rows; 0 for a trajectory, whose covariance is that of its window."""
+        count = torch.tensor(len(self.data.rows))
+        return _square_bias(self.data.moments, count) if self.data.kind == "gradient" else 0.0
+
+
+def jackknife(whole: Tensor, scatters: Tensor, trace: Tensor, traces: Tensor, weights: Tensor) -> tuple[Tensor, int]:
+    """Covariance of ln Σ_k w_k A_kk, ln trace and ln ‖A‖² under leaving out one of G parts of A and of the trace.
+
+    Args:
+        whole: A, (k, k).
+        scatters: the parts, (G, k, k).
+        trace: the whole trace.
+        traces: its parts, (G,).
+        weights: w, (k,).
+
+    Returns:
+        The (3, 3) matrix and G - 1; NaN and 0 for fewer than 3 parts.
+    """
+    G = len(traces)
+    if G < 3:
+        return torch.full((3, 3), math.nan, dtype=torch.float64), 0
+    left, left_traces = whole - scatters, trace - traces
+    products = (left.diagonal(dim1=1, dim2=2) * weights.to(left)).sum(1)
+    logs = torch.stack([products.abs(), left_traces, left.square().sum((1, 2))], 1).clamp_min(1e-300).log()
+    logs = logs - logs.mean(0)
+    return logs.T @ logs * (G - 1) / G, G - 1
+
+
+def _square_bias(moments: statistics.TraceMoments, draws: Tensor) -> float:
+    each = moments.cumulant / draws + (moments.squared_trace + moments.trace_of_square) / (draws - 1)
+    return max(float(each.nansum()), 0.0)
 
 
 def _squared_deviations(gram: Tensor) -> Tensor:
@@ -107,26 +215,53 @@ def _squared_deviations(gram: Tensor) -> Tensor:
     return gram.diagonal(dim1=1, dim2=2)
 
 
-def noise_source(noise: GradientNoise | SymmetricOperator, caller: str) -> NoiseSource:
-    """Return the dropout part of a ``GradientNoise`` with its errors, or an operator taken as exact.
+def noise_source(noise: Noise, caller: str) -> NoiseSource:
+    """Return the one face of any noise.
 
     Args:
-        noise: a ``GradientNoise``, its ``.dropout``, or any operator.
+        noise: a ``GradientNoise`` (its dropout part), that ``.dropout``, a :class:`NoiseData`, or any operator, which
+            is taken as exact.
         caller: function named in the error.
 
     Raises:
         TypeError: if noise is none of these.
     """
+    from dropscope.operators.exact_gradient_noise import ExactGradientNoise
     from dropscope.operators.gradient_noise import GradientNoise
 
+    if isinstance(noise, NoiseData):
+        return DataSource(noise.covariance, noise)
+    if isinstance(noise, ExactGradientNoise):
+        return NoiseSource(noise.dropout)
     if isinstance(noise, GradientNoise):
-        return NoiseSource(noise.dropout, noise)
+        return SampledSource(noise.dropout, noise)
     if not isinstance(noise, SymmetricOperator):
-        raise TypeError(f"{caller}: noise must be a GradientNoise or a SymmetricOperator, got {type(noise).__name__}")
+        raise TypeError(
+            f"{caller}: noise must be a GradientNoise or a SymmetricOperator or NoiseData, got {type(noise).__name__}"
+        )
     owner = getattr(noise, "noise", None)
     if isinstance(owner, GradientNoise) and noise is owner.dropout:
-        return NoiseSource(noise, owner)
+        return SampledSource(noise, owner)
     return NoiseSource(noise)
+
+
+def embed(V: Tensor, operator: SymmetricOperator, problem: Problem, caller: str) -> Tensor:
+    """Directions of a block of parameters as directions of all of them, zero elsewhere.
+
+    Raises:
+        ValueError: if the operator is of other parameters than the problem's, or of another dtype.
+    """
+    if operator.dtype == problem.dtype and operator.dim == problem.dim:
+        return V
+    if operator.dtype != problem.dtype or not operator.blocks or not set(operator.blocks) <= set(problem.blocks):
+        raise ValueError(
+            f"{caller}: noise must match the problem or blocks of it, dim {problem.dim} and {problem.dtype}, "
+            f"got dim {operator.dim} and {operator.dtype}"
+        )
+    full = V.new_zeros(problem.dim, V.shape[1])
+    for name, where in operator.blocks.items():
+        full[problem.blocks[name]] = V[where]
+    return full
 
 
 def check_pairs(top: Eigenpairs, dim: int, k: int, caller: str) -> None:

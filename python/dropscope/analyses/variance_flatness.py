@@ -11,17 +11,15 @@ import torch
 from torch import Tensor
 
 from dropscope.analyses.flatness import IntervalFlatness, interval_flatness
-from dropscope.analyses.noise_source import check_pairs, noise_source
+from dropscope.analyses.noise_source import Noise, check_pairs, embed, noise_source
 from dropscope.analyses.power_law import PowerLaw, fit_power_law
 from dropscope.analyses.saving import save_result
 from dropscope.estimate import Estimate, EstimateStatus
-from dropscope.operators.base import SymmetricOperator
 from dropscope.problem import Problem
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from dropscope.operators.gradient_noise import GradientNoise
     from dropscope.spectral import Eigenpairs
 
 
@@ -84,10 +82,11 @@ class VarianceFlatness:
 
 def variance_flatness(
     problem: Problem,
-    noise: GradientNoise | SymmetricOperator,
+    noise: Noise,
     k: int = 20,
     factor: float = 2.0,
     *,
+    skip: int = 0,
     top: Eigenpairs | None = None,
     tol: float = 1e-3,
     seed: int = 0,
@@ -102,9 +101,11 @@ def variance_flatness(
 
     Args:
         problem: the risk that is walked on, dropout off.
-        noise: a ``GradientNoise`` (then its dropout part) or any covariance operator.
+        noise: a ``GradientNoise`` (then its dropout part), ``NoiseData``, or any covariance operator; of all parameters
+            of the problem or of some blocks of them, along which the others then stay as they are.
         k: number of directions.
-        factor: how many times the risk grows at the ends of the interval.
+        factor: how many times the risk grows at the ends of the interval: 2, or e as in Feng and Tu.
+        skip: leading directions left out, such as the first principal component of a trajectory that drifts.
         top: eigenpairs of the noise computed before, instead of computing them here.
         tol: relative tolerance of the eigenpairs.
         seed: seed of the eigensolver.
@@ -121,31 +122,18 @@ def variance_flatness(
         raise TypeError(f"variance_flatness: problem must be a Problem, got {type(problem).__name__}")
     source = noise_source(noise, "variance_flatness")
     operator = source.operator
-    if (operator.dim, operator.dtype) != (problem.dim, problem.dtype):
-        raise ValueError(
-            f"variance_flatness: noise must match the problem, dim {problem.dim} and {problem.dtype}, "
-            f"got dim {operator.dim} and {operator.dtype}"
-        )
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= operator.dim:
         raise ValueError(f"variance_flatness: k must be an int in [1, {operator.dim}], got {k!r}")
+    if isinstance(skip, bool) or not isinstance(skip, int) or not 0 <= skip <= operator.dim - k:
+        raise ValueError(f"variance_flatness: skip must be an int in [0, {operator.dim - k}], got {skip!r}")
+    embed(torch.zeros(operator.dim, 0, dtype=operator.dtype), operator, problem, "variance_flatness")
     if top is None:
-        top = _leading(noise, operator, k, tol, seed, progress)
-    check_pairs(top, operator.dim, k, "variance_flatness")
+        top = source.leading(k + skip, tol, seed, progress)
+    check_pairs(top, operator.dim, k + skip, "variance_flatness")
     values = torch.as_tensor(top.values).double().cpu()
-    order = values.argsort(descending=True)[:k]
+    order = values.argsort(descending=True)[skip : k + skip]
     V = top.vectors[:, order.to(top.vectors.device)]
     variances = tuple(source.along(V))
-    flatness = interval_flatness(problem, V, factor, progress=progress)
+    flatness = interval_flatness(problem, embed(V, operator, problem, "variance_flatness"), factor, progress=progress)
     law = fit_power_law(flatness.flatness.numpy(), [v.value for v in variances], [v.stderr for v in variances])
     return VarianceFlatness(values[order], variances, flatness, law)
-
-
-def _leading(
-    noise: GradientNoise | SymmetricOperator, operator: SymmetricOperator, k: int, tol: float, seed: int, progress: bool
-) -> Eigenpairs:
-    """The k leading eigenpairs by the noise's own route where it has one."""
-    if isinstance(noise, SymmetricOperator):
-        from dropscope.spectral import eigsh
-
-        return eigsh(operator, k, which="LA", tol=tol, seed=seed, progress=progress)
-    return noise.eigsh(k)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -59,6 +59,8 @@ class GradientNoise:
             the estimate biases it, by less than its error squared.
         memory: bytes that stored gradients may take; by default half of what is free.
         progress: whether to show progress bars.
+        method: ``"exact"`` samples no mask where dropout acts on the last hidden layer, the read-out is linear and
+            the loss squared; see :class:`~dropscope.operators.exact_noise.ExactNoise`. Anything else is refused.
 
     Attributes:
         draws: the mean number of draws, asked for or come to.
@@ -80,10 +82,18 @@ class GradientNoise:
         (33, 33)
     """
 
+    def __new__(cls, *_: Any, method: str = "sampled", **__: Any) -> GradientNoise:
+        """Choose the class by the method."""
+        if method == "exact":
+            from dropscope.operators.exact_gradient_noise import ExactGradientNoise
+
+            cls = ExactGradientNoise
+        return object.__new__(cls)
+
     def __init__(
         self,
         problem: Problem,
-        draws: int,
+        draws: int = 8,
         seed: int = 0,
         *,
         cache: Cache = "auto",
@@ -92,7 +102,10 @@ class GradientNoise:
         target: float | None = None,
         memory: int | None = None,
         progress: bool = False,
+        method: Literal["sampled", "exact"] = "sampled",
     ) -> None:
+        if method != "sampled":
+            raise ValueError(f"GradientNoise: method must be 'sampled' or 'exact', got {method!r}")
         check_arguments(problem, draws, seed, cache, sharing, memory)
         check_allocation(sharing, allocation, target)
         self.problem, self.draws, self.seed, self.sharing, self.progress = problem, draws, seed, sharing, progress
