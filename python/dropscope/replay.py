@@ -79,6 +79,19 @@ class Replay(Interceptor):
         keep = keep_rows(self.streams(device), math.prod(shape) // self.rows, self.seed, site, threshold)
         return keep.reshape(shape[dim], *shape[:dim], *shape[dim + 1 :]).movedim(0, dim), threshold
 
+    def gate(
+        self,
+        call: Call,
+        x: Tensor,
+        p: float,
+        shape: Sequence[int],
+        dim: int | None,
+        spread: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """Mask x by a mask of another shape, which ``spread`` makes broadcast against x."""
+        keep, threshold = self.keep(call, shape, x.device, p, dim)
+        return select(spread(keep), threshold, x)
+
     def streams(self, device: torch.device) -> Tensor:
         """The streams on a device."""
         if device not in self._streams:
@@ -158,19 +171,25 @@ def _apply(kind: _Kind, call: Call, x: Tensor, p: float, inplace: bool) -> Tenso
     return x.copy_(out) if inplace and out is not x else out
 
 
-def _channels(replay: Replay, call: Call, x: Tensor, p: float, dim: int | None = None) -> tuple[Tensor, int]:
-    """One unit for each pair of the first two dimensions."""
-    if x.dim() < 2:
-        raise ValueError(f"replay_dropout: {described(call)} must see 2 dimensions or more, got shape {tuple(x.shape)}")
-    keep, threshold = replay.keep(call, x.shape[:2], x.device, p, dim)
-    return keep.view(*x.shape[:2], *(1 for _ in x.shape[2:])), threshold
+def _drop(replay: Replay, call: Call, x: Tensor, p: float) -> Tensor:
+    return replay.drop(call, x, p)
 
 
 def _feature(replay: Replay, call: Call, x: Tensor, p: float, unbatched: int | None = None) -> Tensor:
-    if x.dim() != unbatched:
-        return select(*_channels(replay, call, x, p), x)
-    keep, threshold = _channels(replay, call, x.unsqueeze(0), p, dim=0)
-    return select(keep.squeeze(0), threshold, x)
+    """One unit for each pair of the first two dimensions."""
+    if x.dim() == unbatched:
+        return replay.gate(call, x, p, (1, x.shape[0]), 0, lambda keep: keep.view(-1, *(1 for _ in x.shape[1:])))
+    return replay.gate(call, x, p, _pairs(call, x), None, lambda keep: _over(keep, x))
+
+
+def _pairs(call: Call, x: Tensor) -> torch.Size:
+    if x.dim() < 2:
+        raise ValueError(f"replay_dropout: {described(call)} must see 2 dimensions or more, got shape {tuple(x.shape)}")
+    return x.shape[:2]
+
+
+def _over(keep: Tensor, x: Tensor) -> Tensor:
+    return keep.view(*x.shape[:2], *(1 for _ in x.shape[2:]))
 
 
 def _alpha(replay: Replay, call: Call, x: Tensor, p: float) -> Tensor:
@@ -178,7 +197,8 @@ def _alpha(replay: Replay, call: Call, x: Tensor, p: float) -> Tensor:
 
 
 def _feature_alpha(replay: Replay, call: Call, x: Tensor, p: float) -> Tensor:
-    return _select_alpha(*_channels(replay, call, x, p), x)
+    keep, threshold = replay.keep(call, _pairs(call, x), x.device, p)
+    return _select_alpha(_over(keep, x), threshold, x)
 
 
 def _select_alpha(keep: Tensor, threshold: int, x: Tensor) -> Tensor:
@@ -215,7 +235,7 @@ def _bernoulli(call: Call) -> Any:
 
 
 _FUNCTIONAL: dict[Callable[..., Any], tuple[_Kind, bool]] = {
-    F.dropout: (Replay.drop, True),
+    F.dropout: (_drop, True),
     F.dropout1d: (partial(_feature, unbatched=2), True),
     F.dropout2d: (_feature, True),
     F.dropout3d: (partial(_feature, unbatched=4), True),
@@ -223,7 +243,7 @@ _FUNCTIONAL: dict[Callable[..., Any], tuple[_Kind, bool]] = {
     F.feature_alpha_dropout: (_feature_alpha, False),
 }
 _NATIVE: dict[str, _Kind] = {
-    "dropout": Replay.drop,
+    "dropout": _drop,
     "feature_dropout": _feature,
     "alpha_dropout": _alpha,
     "feature_alpha_dropout": _feature_alpha,

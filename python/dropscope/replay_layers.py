@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from dropscope.entry_points import running
 from dropscope.intercept import Call, Handlers, attention_body
-from dropscope.mask_op import select, wide
+from dropscope.mask_op import wide
 from dropscope.replay import arguments, described, replaying
 
 _ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -100,10 +100,12 @@ def _drop_packed(call: Call, x: Tensor, sizes: Tensor, data: Tensor, p: float) -
         raise ValueError(f"replay_dropout: {described(call)} must be called by its module: a packed batch is sorted")
     order = source.sorted_indices
     steps, batch = len(sizes), int(sizes[0])
-    keep, threshold = replaying(call).keep(call, (batch, steps, x.shape[-1]), x.device, p, dim=0)
-    keep = keep if order is None else keep[order]
-    present = torch.arange(batch) < sizes.unsqueeze(1)
-    return select(keep.transpose(0, 1)[present.to(x.device)], threshold, x)
+    present = (torch.arange(batch) < sizes.unsqueeze(1)).to(x.device)
+
+    def rows(keep: Tensor) -> Tensor:
+        return (keep if order is None else keep[order]).transpose(0, 1)[present]
+
+    return replaying(call).gate(call, x, p, (batch, steps, x.shape[-1]), 0, rows)
 
 
 LAYERS: Handlers = {
