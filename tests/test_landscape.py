@@ -92,6 +92,8 @@ def test_condensed_neurons_are_counted_by_signed_direction() -> None:
     assert found.orientations == 3
     assert found.active.tolist() == [True] * 6 + [False]
     assert found.effective_ratio == pytest.approx(0.5)
+    strength = torch.tensor([3.5, 1.0, 4.0])
+    assert found.weighted_orientations == pytest.approx(float(strength.sum() ** 2 / strength.square().sum()))
     groups = found.groups.tolist()
     assert groups[0] == groups[1] == groups[2] == 0
     assert groups[4] == groups[5] != groups[3]

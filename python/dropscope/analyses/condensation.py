@@ -51,6 +51,16 @@ class Condensation:
         return self.orientations / int(self.active.sum())
 
     @property
+    def weighted_orientations(self) -> float:
+        """(Σ_g A_g)² / Σ_g A_g² over the orientations g, A_g the sum of their neurons' amplitudes.
+
+        It equals the number of orientations when all are equally strong, and counts weak ones for little.
+        """
+        strength = torch.zeros(self.orientations, dtype=torch.float64)
+        strength.index_add_(0, self.groups[self.active], self.amplitudes[self.active])
+        return float(strength.sum() ** 2 / strength.square().sum())
+
+    @property
     def angles(self) -> Tensor | None:
         """The angle of (w, b) in [−π, π] when it has two components, else None."""
         if self.directions.shape[1] != 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -192,8 +193,10 @@ def risks_at(problem: Problem, deltas: Tensor, progress: bool = False) -> Tensor
     with torch.no_grad(), bar:
         for columns in torch.split(deltas.T, size):
             try:
-                done.append(torch.func.vmap(total)(columns) if len(columns) > 1 else total(columns[0])[None])
-            except (RuntimeError, ValueError):  # an operation that cannot be batched, such as a recurrent layer's
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")  # torch warns where it would loop inside one operation
+                    done.append(torch.func.vmap(total)(columns) if len(columns) > 1 else total(columns[0])[None])
+            except (RuntimeError, ValueError, Warning):  # not to be batched, as a recurrent layer or torch's attention
                 done.append(torch.stack([total(column) for column in columns]))
             bar.update(len(columns))
     return (torch.cat(done) / problem.total_weight).cpu()

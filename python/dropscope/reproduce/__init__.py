@@ -8,4 +8,4 @@ from dropscope.reproduce.entry import Findings as Findings
 from dropscope.reproduce.entry import Scale as Scale
 
 # The modules that hold an ENTRY, in the order in which they are listed and run.
-MODULES: tuple[str, ...] = ()
+MODULES: tuple[str, ...] = ("a_fig1", "c_fig1", "c_fig2", "c_fig8", "c_table1", "c_fig13", "c_fig14")
