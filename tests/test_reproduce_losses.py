@@ -83,7 +83,7 @@ def found(entry, findings) -> None:
 
 
 def test_paper_a_figure_1() -> None:
-    found(a_fig1.ENTRY, a_fig1._run(Scale(), 12, 4, 0.01, 20, 2, 150, (0.5, 0.25)))
+    found(a_fig1.ENTRY, a_fig1._run(Scale(), 12, 4, 0.01, 20, 2, 150, (0.5, 0.25, 0.2)))
 
 
 def test_paper_c_figure_1() -> None:

@@ -19,7 +19,7 @@ _WITH_R1, _WITHOUT = ("L1", "L3"), ("L2", "L4")
 
 def run(scale: Scale) -> Findings:
     """Run at the scale asked for."""
-    return _run(scale, FULL if scale.full else SMALL, 0.5)
+    return _run(scale, FULL if scale.full else SMALL, 0.7)
 
 
 def _run(scale: Scale, setting: Setting, keep: float) -> Findings:

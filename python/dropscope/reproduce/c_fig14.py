@@ -20,7 +20,7 @@ _APART = (("L1", "L2"), ("L1", "L4"), ("L2", "L3"), ("L3", "L4"))
 
 def run(scale: Scale) -> Findings:
     """Run at the scale asked for."""
-    return _run(scale, FULL if scale.full else SMALL, 0.5)
+    return _run(scale, FULL if scale.full else SMALL, 0.7)
 
 
 def _run(scale: Scale, setting: Setting, keep: float) -> Findings:

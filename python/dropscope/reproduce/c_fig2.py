@@ -20,7 +20,7 @@ def run(scale: Scale) -> Findings:
     """Run at the scale asked for."""
     if scale.full:
         return _run(scale, FULL, (0.6, 0.7, 0.8, 0.85, 0.9, 0.95))
-    return _run(scale, SMALL, (0.5, 0.7))
+    return _run(scale, SMALL, (0.6, 0.7, 0.8))
 
 
 def _run(scale: Scale, setting: Setting, keeps: Sequence[float]) -> Findings:

@@ -44,7 +44,7 @@ class Setting:
         )
 
 
-SMALL = Setting(150, 200, 0.32, 0.03, 4000, 3)
+SMALL = Setting(100, 200, 0.32, 0.05, 3600, 3)
 FULL = Setting(1000, 1000, 0.5, 5e-3, 100_000, 5)
 
 
