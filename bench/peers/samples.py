@@ -262,13 +262,13 @@ def norms_784_500_500_10() -> Contest:
 
 
 @contest(
-    "centred Gram matrix of 400 per-sample gradients, 784-500-500-10",
+    "centred Gram matrix of 200 per-sample gradients, 784-500-500-10",
     faster=dict.fromkeys(MATERIALISING, 20.0),
     memory=dict.fromkeys(MATERIALISING, 0.1),
     rounds=3,
 )
 def gram_784_500_500_10() -> Contest:
-    return gram("784-500-500-10", 400)
+    return gram("784-500-500-10", 200)
 
 
 @contest(f"{PROJECTED} projections of 200 per-sample gradients, 784-500-500-10", memory=True, rounds=3)
