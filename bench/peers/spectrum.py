@@ -19,7 +19,7 @@ from bench.peers import _tools as tools
 from bench.workloads import network
 
 NET = "digits MLP"
-PROBES, STEPS = 8, 60
+PROBES, STEPS = 6, 40
 ERROR, SEEDS = 0.02, 12
 LADDER = (12, 18, 24, 30, 36, 42, 48, 54, 60, 72, 84, 96, 120, 150, 192, 240, 300, 390, 480, 600)
 
@@ -149,7 +149,7 @@ def fewest(estimate: Estimator, A: Any) -> int:
     raise RuntimeError(f"no number of products up to {LADDER[-1]} brings the error down to {ERROR}")
 
 
-@contest(f"spectral density of the Hessian, digits MLP, {PROBES} probes of {STEPS} steps", rounds=3)
+@contest(f"spectral density of the Hessian, digits MLP, {PROBES} probes of {STEPS} steps", rounds=2)
 def density_digits() -> Contest:
     return density()
 
