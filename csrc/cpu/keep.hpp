@@ -46,9 +46,10 @@ struct Fetch {
   }
 };
 
-// Lanes of `step` counters.
-inline void keep(uint16_t* kept, const Lanes (&block)[chains], const Lanes (&stream)[chains],
-                 const Keys& keys) {
+// Lanes of `step` counters: kept or not or, for `Raw`, the words themselves, low half first.
+template <bool Raw>
+inline void generate(uint16_t* kept, const Lanes (&block)[chains], const Lanes (&stream)[chains],
+                     const Keys& keys) {
   const Lanes m0 = splat(philox_m0), m1 = splat(philox_m1);
   Lanes c0[chains], c1[chains], c2[chains], c3[chains];
   for (int i = 0; i < chains; ++i)
@@ -62,10 +63,16 @@ inline void keep(uint16_t* kept, const Lanes (&block)[chains], const Lanes (&str
       c2[i] = xor3(high(p0), c3[i], keys.k1[round]);
       c3[i] = p0;
     }
-  for (int i = 0; i < chains; ++i) keep_lanes(kept + 8 * i * lanes, c0[i], c1[i], c2[i], c3[i], keys.limit);
+  for (int i = 0; i < chains; ++i) {
+    const InOrder words = in_order(c0[i], c1[i], c2[i], c3[i]);
+    uint16_t* to = kept + 8 * i * lanes;
+    store(to, Raw ? words.first : at_most(words.first, keys.limit));
+    store(to + 4 * lanes, Raw ? words.second : at_most(words.second, keys.limit));
+  }
 }
 
 // Counters block .. block+count-1 of one stream; may write up to step-1 counters more.
+template <bool Raw = false>
 void fill_row(uint16_t* kept, int64_t block, int64_t count, uint64_t stream, const Keys& keys, Fetch fetch) {
   Lanes blocks[chains], streams[chains];
   fetch.begin(count);
@@ -74,7 +81,7 @@ void fill_row(uint16_t* kept, int64_t block, int64_t count, uint64_t stream, con
       blocks[c] = add(splat(static_cast<uint64_t>(block + i + c * lanes)), iota());
       streams[c] = splat(stream);
     }
-    keep(kept + 8 * i, blocks, streams, keys);
+    generate<Raw>(kept + 8 * i, blocks, streams, keys);
     fetch.next();
   }
 }
@@ -101,7 +108,7 @@ void fill_rows(uint16_t* kept, const int64_t* streams, int64_t rows, int64_t blo
       of_block[c] = load(block_of + i + c * lanes);
       of_stream[c] = load(stream_of + i + c * lanes);
     }
-    keep(kept + 8 * i, of_block, of_stream, keys);
+    generate<false>(kept + 8 * i, of_block, of_stream, keys);
     fetch.next();
   }
 }

@@ -13,10 +13,24 @@ namespace dropscope {
 namespace {
 
 #if defined(__AVX512BW__)
-
 using Lanes = __m512i;
+#elif defined(__AVX2__)
+using Lanes = __m256i;
+#elif defined(__SSE2__)
+using Lanes = __m128i;
+#else
+using Lanes = uint64_t;
+#endif
+
+// The words of the counters in counter order, four words each.
+struct InOrder {
+  Lanes first, second;
+};
+
+#if defined(__AVX512BW__)
+
 constexpr int lanes = 8;
-// Counter order 0 4 1 5 2 6 3 7: keep_lanes then needs no permutation of its own.
+// Counter order 0 4 1 5 2 6 3 7: in_order then needs no permutation of its own.
 inline Lanes iota() { return _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7); }
 inline Lanes load(const uint64_t* p) { return _mm512_permutexvar_epi64(iota(), _mm512_loadu_si512(p)); }
 inline Lanes splat(uint64_t x) { return _mm512_set1_epi64(static_cast<long long>(x)); }
@@ -30,18 +44,18 @@ inline Lanes join(Lanes low, Lanes high) {
   return _mm512_mask_blend_epi32(0xAAAA, low, _mm512_slli_epi64(high, 32));
 }
 
-// Eight lanes a counter, in counter order: all ones where the 16-bit lane is at most `limit`, else 0.
-inline void keep_lanes(uint16_t* out, Lanes w0, Lanes w1, Lanes w2, Lanes w3, uint32_t limit) {
-  const Lanes a = join(w0, w1), b = join(w2, w3), top = _mm512_set1_epi16(static_cast<short>(limit));
-  const auto first = _mm512_cmple_epu16_mask(_mm512_unpacklo_epi64(a, b), top);
-  const auto second = _mm512_cmple_epu16_mask(_mm512_unpackhi_epi64(a, b), top);
-  _mm512_storeu_si512(out, _mm512_movm_epi16(first));
-  _mm512_storeu_si512(out + 32, _mm512_movm_epi16(second));
+inline InOrder in_order(Lanes w0, Lanes w1, Lanes w2, Lanes w3) {
+  const Lanes a = join(w0, w1), b = join(w2, w3);
+  return {_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b)};
 }
+// 16-bit lanes: all ones where at most `limit`, else 0.
+inline Lanes at_most(Lanes a, uint32_t limit) {
+  return _mm512_movm_epi16(_mm512_cmple_epu16_mask(a, _mm512_set1_epi16(static_cast<short>(limit))));
+}
+inline void store(void* out, Lanes a) { _mm512_storeu_si512(out, a); }
 
 #elif defined(__AVX2__)
 
-using Lanes = __m256i;
 constexpr int lanes = 4;
 inline Lanes iota() { return _mm256_setr_epi64x(0, 2, 1, 3); }
 inline Lanes load(const uint64_t* p) {
@@ -57,19 +71,19 @@ inline Lanes join(Lanes low, Lanes high) {
   return _mm256_blend_epi32(low, _mm256_slli_epi64(high, 32), 0xAA);
 }
 
-inline void keep_lanes(uint16_t* out, Lanes w0, Lanes w1, Lanes w2, Lanes w3, uint32_t limit) {
-  const Lanes a = join(w0, w1), b = join(w2, w3), top = _mm256_set1_epi16(static_cast<short>(limit));
-  const Lanes zero = _mm256_setzero_si256();
-  // No unsigned comparison: x <= limit <=> the saturated difference is 0.
-  const Lanes first = _mm256_cmpeq_epi16(_mm256_subs_epu16(_mm256_unpacklo_epi64(a, b), top), zero);
-  const Lanes second = _mm256_cmpeq_epi16(_mm256_subs_epu16(_mm256_unpackhi_epi64(a, b), top), zero);
-  _mm256_storeu_si256(reinterpret_cast<Lanes*>(out), first);
-  _mm256_storeu_si256(reinterpret_cast<Lanes*>(out + 16), second);
+inline InOrder in_order(Lanes w0, Lanes w1, Lanes w2, Lanes w3) {
+  const Lanes a = join(w0, w1), b = join(w2, w3);
+  return {_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b)};
 }
+// No unsigned comparison: x <= limit <=> the saturated difference is 0.
+inline Lanes at_most(Lanes a, uint32_t limit) {
+  const Lanes over = _mm256_subs_epu16(a, _mm256_set1_epi16(static_cast<short>(limit)));
+  return _mm256_cmpeq_epi16(over, _mm256_setzero_si256());
+}
+inline void store(void* out, Lanes a) { _mm256_storeu_si256(static_cast<Lanes*>(out), a); }
 
 #elif defined(__SSE2__)
 
-using Lanes = __m128i;
 constexpr int lanes = 2;
 inline Lanes iota() { return _mm_set_epi64x(1, 0); }
 inline Lanes load(const uint64_t* p) { return _mm_loadu_si128(reinterpret_cast<const Lanes*>(p)); }
@@ -79,18 +93,18 @@ inline Lanes multiply(Lanes a, Lanes b) { return _mm_mul_epu32(a, b); }
 inline Lanes high(Lanes a) { return _mm_srli_epi64(a, 32); }
 inline Lanes xor3(Lanes a, Lanes b, Lanes c) { return _mm_xor_si128(_mm_xor_si128(a, b), c); }
 
-inline void keep_lanes(uint16_t* out, Lanes w0, Lanes w1, Lanes w2, Lanes w3, uint32_t limit) {
-  const Lanes top = _mm_set1_epi16(static_cast<short>(limit)), zero = _mm_setzero_si128();
-  const Lanes first = _mm_unpacklo_epi64(_mm_unpacklo_epi32(w0, w1), _mm_unpacklo_epi32(w2, w3));
-  const Lanes second = _mm_unpacklo_epi64(_mm_unpackhi_epi32(w0, w1), _mm_unpackhi_epi32(w2, w3));
-  Lanes* to = reinterpret_cast<Lanes*>(out);
-  _mm_storeu_si128(to, _mm_cmpeq_epi16(_mm_subs_epu16(first, top), zero));
-  _mm_storeu_si128(to + 1, _mm_cmpeq_epi16(_mm_subs_epu16(second, top), zero));
+inline InOrder in_order(Lanes w0, Lanes w1, Lanes w2, Lanes w3) {
+  return {_mm_unpacklo_epi64(_mm_unpacklo_epi32(w0, w1), _mm_unpacklo_epi32(w2, w3)),
+          _mm_unpacklo_epi64(_mm_unpackhi_epi32(w0, w1), _mm_unpackhi_epi32(w2, w3))};
 }
+inline Lanes at_most(Lanes a, uint32_t limit) {
+  const Lanes over = _mm_subs_epu16(a, _mm_set1_epi16(static_cast<short>(limit)));
+  return _mm_cmpeq_epi16(over, _mm_setzero_si128());
+}
+inline void store(void* out, Lanes a) { _mm_storeu_si128(static_cast<Lanes*>(out), a); }
 
 #else
 
-using Lanes = uint64_t;
 constexpr int lanes = 1;
 inline Lanes iota() { return 0; }
 inline Lanes load(const uint64_t* p) { return *p; }
@@ -100,11 +114,16 @@ inline Lanes multiply(Lanes a, Lanes b) { return (a & 0xFFFFFFFF) * (b & 0xFFFFF
 inline Lanes high(Lanes a) { return a >> 32; }
 inline Lanes xor3(Lanes a, Lanes b, Lanes c) { return a ^ b ^ c; }
 
-inline void keep_lanes(uint16_t* out, Lanes w0, Lanes w1, Lanes w2, Lanes w3, uint32_t limit) {
-  const Lanes words[4] = {w0, w1, w2, w3};
-  for (int j = 0; j < 8; ++j)
-    out[j] = static_cast<uint16_t>((words[j / 2] >> (16 * (j % 2)) & 0xFFFF) <= limit ? 0xFFFF : 0);
+inline InOrder in_order(Lanes w0, Lanes w1, Lanes w2, Lanes w3) {
+  return {(w0 & 0xFFFFFFFF) | w1 << 32, (w2 & 0xFFFFFFFF) | w3 << 32};
 }
+inline Lanes at_most(Lanes a, uint32_t limit) {
+  Lanes ones = 0;
+  for (int shift = 0; shift < 64; shift += 16)
+    if ((a >> shift & 0xFFFF) <= limit) ones |= Lanes(0xFFFF) << shift;
+  return ones;
+}
+inline void store(void* out, Lanes a) { std::memcpy(out, &a, sizeof a); }
 
 #endif
 

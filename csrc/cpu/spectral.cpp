@@ -10,6 +10,7 @@
 #include "apply.hpp"
 #include "floats.hpp"
 #include "keep.hpp"
+#include "normals.hpp"
 
 namespace dropscope {
 namespace {
@@ -294,9 +295,22 @@ void rotate(Matrix Q, const double* S, int64_t k, Launch launch) {
   });
 }
 
-template <class T>
-inline T sign(bool plus) {
-  return narrow<T>(static_cast<typename Wide<T>::type>(plus ? 1 : -1));
+template <class T, class Bits>
+void signs(T* out, const uint16_t* kept, int64_t count) {
+  const Bits one = bit_cast<Bits>(narrow<T>(typename Wide<T>::type(1)));
+  for (int64_t i = 0; i < count; ++i) {
+    const Bits minus = static_cast<Bits>(~kept[i] & 0x8000);
+    out[i] = bit_cast<T>(static_cast<Bits>(one | minus << (8 * sizeof(Bits) - 16)));
+  }
+}
+inline void signs(float* out, const uint16_t* kept, int64_t count) {
+  signs<float, uint32_t>(out, kept, count);
+}
+inline void signs(double* out, const uint16_t* kept, int64_t count) {
+  signs<double, uint64_t>(out, kept, count);
+}
+inline void signs(BFloat16* out, const uint16_t* kept, int64_t count) {
+  signs<BFloat16, uint16_t>(out, kept, count);
 }
 
 // +1 where the top bit of the unit's lane is 0, else -1.
@@ -306,33 +320,22 @@ void rademacher(Matrix out, uint64_t stream, uint64_t seed, uint64_t site, int t
       1, out.cols, true, {&streams, seed, site, 1 << 15}, threads,
       [](int64_t, int64_t, int64_t) { return Fetch{}; },
       [&](int64_t, int64_t unit, int64_t count, const uint16_t* kept) {
-        by_dtype(out.dtype, [&](auto type) {
-          using T = decltype(type);
-          const T signs[2] = {sign<T>(false), sign<T>(true)};
-          T* to = static_cast<T*>(out.data) + unit;
-          for (int64_t i = 0; i < count; ++i) to[i] = signs[kept[i] & 1];
-        });
+        by_dtype(out.dtype,
+                 [&](auto type) { signs(static_cast<decltype(type)*>(out.data) + unit, kept, count); });
       });
 }
 
-// Box-Muller in double: words 2q and 2q+1 of the stream give units 2q and 2q+1.
+// The same double whatever the dtype, rounded to it.
 void normal(Matrix out, uint64_t stream, uint64_t seed, uint64_t site, int threads) {
-  constexpr int64_t span = 1024;  // counters a chunk, four units each
-  constexpr double turn = 0x1p-32, two_pi = 6.283185307179586476925287;
-  const PhiloxKey key(seed, site);
-  parallel_for(divide_up(out.cols, 4 * span), out.cols, threads, [&](int64_t chunk) {
-    double units[4 * span];
-    const int64_t first = chunk * 4 * span, left = out.cols - first,
-                  count = left < 4 * span ? left : 4 * span;
-    for (int64_t i = 0; i < divide_up(count, 4); ++i) {
-      const Words words = philox(static_cast<uint32_t>(chunk * span + i), stream, key);
-      for (int q = 0; q < 2; ++q) {
-        const double radius = std::sqrt(-2.0 * std::log((words.w[2 * q] + 1.0) * turn));
-        const double angle = two_pi * words.w[2 * q + 1] * turn;
-        units[4 * i + 2 * q] = radius * std::cos(angle);
-        units[4 * i + 2 * q + 1] = radius * std::sin(angle);
-      }
-    }
+  const Keys keys = make_keys({nullptr, seed, site, 1});
+  parallel_for(divide_up(out.cols, 4 * tile), out.cols, threads, [&](int64_t chunk) {
+    alignas(64) uint32_t words[tile_lanes / 2];
+    alignas(64) double units[4 * tile];
+    const int64_t first = chunk * 4 * tile, left = out.cols - first,
+                  count = left < 4 * tile ? left : 4 * tile;
+    fill_row<true>(reinterpret_cast<uint16_t*>(words), chunk * tile, divide_up(count, 4), stream, keys,
+                   Fetch{});
+    normals(units, words, divide_up(count, 2));
     by_dtype(out.dtype,
              [&](auto type) { narrow_row(static_cast<decltype(type)*>(out.data) + first, units, count); });
   });
