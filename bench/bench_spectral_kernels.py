@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+from unittest import mock
 
 import torch
 
+from bench import isas
 from bench.harness import Contest, contest
+from bench.workloads import trained_mlp
 from dropscope import kernels, reference
+from dropscope.operators import SymmetricOperator
+from dropscope.operators.hessian import Hessian
+from dropscope.problem import Problem
+from dropscope.spectral import eigsh
+from dropscope.spectral.eigenpairs import EigenStatus
+from dropscope.spectral.krylov import Krylov
 
 M, DIM = 25, 2_000_000
 
@@ -55,6 +64,23 @@ def orthogonalization(dtype: torch.dtype, force: bool) -> Contest:
 
 
 WORK = f"orthogonalize against {M} vectors of {DIM:.0e}"
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+def register(isa: str, dtype: torch.dtype, force: bool) -> None:
+    def build() -> Contest:
+        isas.use(isa)
+        return orthogonalization(dtype, force)
+
+    reads = "two reads" if force else "one read"
+    build.__name__, build.__module__ = f"{isa}_{NAMES[dtype]}_{reads.replace(' ', '_')}", __name__
+    contest(f"{WORK}, {NAMES[dtype]}, {reads}, {isa}", within=1.15, threads=1)(build)
+
+
+for ISA in isas.ISAS:
+    for DTYPE in NAMES:
+        for FORCE in (False, True):
+            register(ISA, DTYPE, FORCE)
 
 
 @contest(f"{WORK}, float32, one read", within=1.15)
@@ -67,9 +93,61 @@ def two_reads() -> Contest:
     return orthogonalization(torch.float32, True)
 
 
-@contest(f"{WORK}, bfloat16, two reads")
+@contest(f"{WORK}, bfloat16, two reads", within=1.15)
 def two_reads_bfloat16() -> Contest:
     return orthogonalization(torch.bfloat16, True)
+
+
+SPECTRA = {
+    "power law": 1.0 / torch.arange(1.0, 100_001.0),
+    "bulk and outliers": torch.cat((torch.linspace(-1, 1, 100_000), torch.arange(2.0, 8.0))),
+}
+
+
+def lanczos_runs() -> dict[str, Any]:
+    """The operators of real Lanczos runs: the Hessian of a trained network, and two spectra of 1e5 values."""
+    model, x, y, _ = trained_mlp(target=0.2)
+    runs: dict[str, Any] = {"Hessian": Hessian(Problem(model, torch.nn.CrossEntropyLoss(), (x, y)))}
+    for name, values in SPECTRA.items():
+        runs[name] = SymmetricOperator.from_callable(lambda v, values=values: values * v, len(values), torch.float32)
+    return runs
+
+
+def average_reads(A: SymmetricOperator) -> float:
+    """Rows of the basis that orthogonalisation read in a run, over the rows that the basis had at its steps."""
+    read = rows = 0
+    orthogonalize, advance = kernels.orthogonalize, Krylov.advance
+
+    def counted(Q: torch.Tensor, w: torch.Tensor, *, force: bool = False) -> Any:
+        nonlocal read
+        answer = orthogonalize(Q, w, force=force)
+        read += answer[2] * len(Q)
+        return answer
+
+    def step(krylov: Krylov) -> None:
+        nonlocal rows
+        advance(krylov)
+        rows += krylov.size
+
+    with mock.patch.object(kernels, "orthogonalize", counted), mock.patch.object(Krylov, "advance", step):
+        assert eigsh(A, 10, tol=1e-3, basis=25).status is EigenStatus.CONVERGED
+    return read / rows
+
+
+@contest("reads of the basis a Lanczos step, top 10 pairs to 1e-3, basis of 25", rounds=1)
+def reads_a_step() -> Contest:
+    runs = lanczos_runs()
+
+    def ours() -> list[Any]:
+        return [eigsh(A, 10, tol=1e-3, basis=25) for A in runs.values()]
+
+    def check(_: Mapping[str, Any]) -> str:
+        averages = {name: average_reads(A) for name, A in runs.items()}
+        mean = sum(averages.values()) / len(averages)
+        assert 1.0 <= mean <= 1.6
+        return f"{mean:.2f} on average: " + ", ".join(f"{name} {a:.2f}" for name, a in averages.items())
+
+    return Contest(ours, check)
 
 
 @contest(f"rotate a basis of {M} vectors of {DIM:.0e} to 15, in place", memory={"torch.mm": 0.5})
@@ -95,14 +173,14 @@ def rotation() -> Contest:
     return Contest(ours, check, {"torch.mm": product}, ("copying the basis", lambda: Q.clone()))
 
 
-@contest("Rademacher probe of 2^24", threads=1)
-def rademacher() -> Contest:
+def rademacher(isa: str) -> Contest:
+    isas.use(isa)
     out = torch.empty(2**24)
 
     def check(_: Mapping[str, Any]) -> str:
         part = kernels.probe(torch.empty(100_003), seed=1, index=2)
         assert torch.equal(part, reference.probe(torch.empty(100_003), seed=1, index=2))
-        return kernels.isa()
+        return "bits as defined"
 
     return Contest(
         lambda: kernels.probe(out, seed=1, index=2),
@@ -112,16 +190,31 @@ def rademacher() -> Contest:
     )
 
 
-@contest("normal probe of 2^22", threads=1)
-def normal() -> Contest:
+def normal(isa: str) -> Contest:
+    isas.use(isa)
     out = torch.empty(2**22)
 
     def check(_: Mapping[str, Any]) -> str:
-        part = kernels.probe(torch.empty(100_003), seed=1, index=2, kind="normal")
-        expected = reference.probe(torch.empty(100_003), seed=1, index=2, kind="normal")
-        torch.testing.assert_close(part, expected, rtol=1e-6, atol=1e-9)
-        return kernels.isa()
+        part = kernels.probe(torch.empty(100_003, dtype=torch.float64), seed=1, index=2, kind="normal")
+        expected = reference.probe(torch.empty(100_003, dtype=torch.float64), seed=1, index=2, kind="normal")
+        error = float((part - expected).abs().max())
+        assert error < 1e-14
+        return f"largest difference from the definition in float64 {error:.0e}"
 
     return Contest(
         lambda: kernels.probe(out, seed=1, index=2, kind="normal"), check, {"torch.randn": lambda: out.normal_()}
     )
+
+
+def register_probes(isa: str) -> None:
+    for kind, size, build in (("Rademacher", "2^24", rademacher), ("normal", "2^22", normal)):
+
+        def named(build: Callable[[str], Contest] = build) -> Contest:
+            return build(isa)
+
+        named.__name__, named.__module__ = f"{isa}_{kind.lower()}_probe", __name__
+        contest(f"{kind} probe of {size}, {isa}", threads=1)(named)
+
+
+for ISA in isas.ISAS:
+    register_probes(ISA)

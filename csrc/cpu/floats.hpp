@@ -54,16 +54,6 @@ inline Floats load16(const float* x) {
   for (int i = 0; i < Floats::count; ++i) a.r[i] = load_floats(x + i * Floats::width);
   return a;
 }
-inline Floats load16(const BFloat16* x) {
-#if defined(__AVX512F__)
-  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
-  return {{_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))}};
-#else
-  float f[16];
-  for (int i = 0; i < 16; ++i) f[i] = widen(x[i]);
-  return load16(f);
-#endif
-}
 inline void store16(float* out, Floats a) { std::memcpy(out, a.r, sizeof a.r); }
 
 inline Floats add_product(Floats sum, Floats a, Floats b) {
@@ -88,12 +78,45 @@ inline Doubles add_halves(Doubles sum, Floats a) {
   return sum;
 }
 
-// The last count < 16 elements, filled up with zeros.
-template <class T>
-inline Floats load_rest16(const T* x, int64_t count) {
-  T rest[16] = {};
-  std::memcpy(rest, x, static_cast<size_t>(count) * sizeof(T));
+// 32 bfloat16, those at even places and those at odd ones: halves of a word, each a shift or a mask away from
+// its float.
+struct Apart {
+  Floats even, odd;
+};
+inline Apart load32(const BFloat16* x) {
+  Apart a;
+  for (int i = 0; i < Floats::count; ++i) {
+    const BFloat16* from = x + 2 * i * Floats::width;
+#if defined(__AVX512F__)
+    const __m512i pairs = _mm512_loadu_si512(from), upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000));
+    a.even.r[i] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    a.odd.r[i] = _mm512_castsi512_ps(_mm512_and_si512(pairs, upper));
+#elif defined(__AVX2__)
+    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xFFFF0000));
+    a.even.r[i] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+    a.odd.r[i] = _mm256_castsi256_ps(_mm256_and_si256(pairs, upper));
+#elif defined(__SSE2__)
+    const __m128i pairs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    a.even.r[i] = _mm_castsi128_ps(_mm_slli_epi32(pairs, 16));
+    a.odd.r[i] = _mm_castsi128_ps(_mm_and_si128(pairs, _mm_set1_epi32(static_cast<int>(0xFFFF0000))));
+#else
+    a.even.r[i] = widen(from[0]), a.odd.r[i] = widen(from[1]);
+#endif
+  }
+  return a;
+}
+
+// The last count elements, too few for a vector, filled up with zeros.
+inline Floats load_rest16(const float* x, int64_t count) {
+  float rest[16] = {};
+  std::memcpy(rest, x, static_cast<size_t>(count) * sizeof(float));
   return load16(rest);
+}
+inline Apart load_rest32(const BFloat16* x, int64_t count) {
+  BFloat16 rest[32] = {};
+  std::memcpy(rest, x, static_cast<size_t>(count) * sizeof(BFloat16));
+  return load32(rest);
 }
 inline void store_rest16(float* out, Floats a, int64_t count) {
   float rest[16];

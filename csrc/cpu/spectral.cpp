@@ -8,7 +8,7 @@
 #include <type_traits>
 
 #include "apply.hpp"
-#include "floats.hpp"
+#include "dots.hpp"
 #include "keep.hpp"
 #include "normals.hpp"
 
@@ -19,7 +19,6 @@ namespace {
 // hardware to see them coming.
 template <class Real>
 constexpr int64_t chunk_cols = (1 << 16) / sizeof(Real);
-constexpr int64_t run_cols = 256;  // summed in float
 
 // f(T{}) for the element type T: f32, f64 or bf16.
 template <class F>
@@ -43,104 +42,18 @@ void narrow_row(T* to, const double* from, int64_t count) {
   if (j < count) store_rest(to + j, load8(from + j), count - j);
 }
 
-template <class T>
-double sq_norm(const T* w, int64_t count) {
-  Doubles sums[2] = {splat8(0.0), splat8(0.0)};
-  int64_t j = 0;
-  for (; j + 16 <= count; j += 16)
-    for (int i = 0; i < 2; ++i) sums[i] = add_product(sums[i], load8(w + j + 8 * i), load8(w + j + 8 * i));
-  double rest = 0.0;
-  for (; j < count; ++j) rest += static_cast<double>(w[j]) * static_cast<double>(w[j]);
-  return total(sums[0]) + total(sums[1]) + rest;
-}
-
-// out[r] = <q + r*stride, w>, R rows at once so that w is loaded once for all.
-template <int R, class T>
-void dots(const T* q, int64_t stride, const double* w, int64_t count, double* out) {
-  Doubles sums[R];
-  for (int r = 0; r < R; ++r) sums[r] = splat8(0.0);
-  int64_t j = 0;
-  for (; j + 8 <= count; j += 8) {
-    const Doubles v = load8(w + j);
-    for (int r = 0; r < R; ++r) sums[r] = add_product(sums[r], load8(q + r * stride + j), v);
-  }
-  if (j < count) {
-    const Doubles v = load_rest(w + j, count - j);
-    for (int r = 0; r < R; ++r) sums[r] = add_product(sums[r], load_rest(q + r * stride + j, count - j), v);
-  }
-  for (int r = 0; r < R; ++r) out[r] = total(sums[r]);
-}
-template <int R, class T>
-void dots(const T* q, int64_t stride, const float* w, int64_t count, double* out) {
-  Doubles sums[R];
-  for (int r = 0; r < R; ++r) sums[r] = splat8(0.0);
-  for (int64_t j = 0; j < count;) {
-    const int64_t end = count - j < run_cols ? count : j + run_cols;
-    Floats run[R];
-    for (int r = 0; r < R; ++r) run[r] = splat16(0.0f);
-    for (; j + 16 <= end; j += 16) {
-      const Floats v = load16(w + j);
-      for (int r = 0; r < R; ++r) run[r] = add_product(run[r], load16(q + r * stride + j), v);
-    }
-    if (j < end) {
-      const Floats v = load_rest16(w + j, end - j);
-      for (int r = 0; r < R; ++r) run[r] = add_product(run[r], load_rest16(q + r * stride + j, end - j), v);
-      j = end;
-    }
-    for (int r = 0; r < R; ++r) sums[r] = add_halves(sums[r], run[r]);
-  }
-  for (int r = 0; r < R; ++r) out[r] = total(sums[r]);
-}
-
-// w -= sum_r c[r] * (q + r*stride).
-template <int R, class T>
-void remove(const T* q, int64_t stride, double* w, int64_t count, const double* c) {
-  int64_t j = 0;
-  for (; j + 8 <= count; j += 8) {
-    Doubles v = load8(w + j);
-    for (int r = 0; r < R; ++r) v = subtract_product(v, splat8(c[r]), load8(q + r * stride + j));
-    store8(w + j, v);
-  }
-  if (j == count) return;
-  Doubles v = load_rest(w + j, count - j);
-  for (int r = 0; r < R; ++r) v = subtract_product(v, splat8(c[r]), load_rest(q + r * stride + j, count - j));
-  store_rest(w + j, v, count - j);
-}
-// A coefficient is the sum of two floats: rounded to one, it would leave 2^-24 of itself in w.
-template <int R, class T>
-void remove(const T* q, int64_t stride, float* w, int64_t count, const double* c) {
-  Floats high[R], low[R];
-  for (int r = 0; r < R; ++r) {
-    const float rounded = static_cast<float>(c[r]);
-    high[r] = splat16(rounded), low[r] = splat16(static_cast<float>(c[r] - rounded));
-  }
-  int64_t j = 0;
-  for (; j + 16 <= count; j += 16) {
-    Floats v = load16(w + j), rest = splat16(0.0f);
-    for (int r = 0; r < R; ++r) {
-      const Floats x = load16(q + r * stride + j);
-      v = subtract_product(v, high[r], x), rest = subtract_product(rest, low[r], x);
-    }
-    v = add(v, rest);
-    store16(w + j, v);
-  }
-  if (j == count) return;
-  Floats v = load_rest16(w + j, count - j), rest = splat16(0.0f);
-  for (int r = 0; r < R; ++r) {
-    const Floats x = load_rest16(q + r * stride + j, count - j);
-    v = subtract_product(v, high[r], x), rest = subtract_product(rest, low[r], x);
-  }
-  store_rest16(w + j, add(v, rest), count - j);
-}
-
 int64_t orthogonalize_scratch(int64_t rows, int64_t cols) {
   return divide_up(cols, chunk_cols<double>) * (rows + 1);
 }
 
-// A chunk of w in Real: itself, or a copy in the buffer.
-template <class Real, class T>
+// A chunk of w in Real and in the order that rows of TQ want: itself, or a copy in the buffer, filled up with
+// zeros.
+template <class Real, class TQ, class T>
 Real* widened(T* w, Real* buffer, int64_t count) {
-  if constexpr (std::is_same_v<Real, T>) {
+  if constexpr (apart<Real, TQ>) {
+    set_apart(buffer, w, count);
+    return buffer;
+  } else if constexpr (std::is_same_v<Real, T>) {
     (void)buffer, (void)count;
     return w;
   } else {
@@ -149,15 +62,17 @@ Real* widened(T* w, Real* buffer, int64_t count) {
   }
 }
 // Writes the copy back and rounds it to what was written.
-template <class Real, class T>
+template <class Real, class TQ, class T>
 void write_back(T* w, Real* v, int64_t count) {
-  if constexpr (std::is_same_v<Real, T>) {
-    (void)w, (void)v, (void)count;
-  } else {
+  if constexpr (apart<Real, TQ>) {
+    put_together(w, v, count);
+  } else if constexpr (!std::is_same_v<Real, T>) {
     for (int64_t j = 0; j < count; ++j) {
       w[j] = narrow<T>(static_cast<float>(v[j]));
       v[j] = static_cast<Real>(widen(w[j]));
     }
+  } else {
+    (void)w, (void)v, (void)count;
   }
 }
 
@@ -197,12 +112,12 @@ int orthogonalize_in(ConstMatrix Q, T* w, int64_t dim, bool force, double* c, do
     alignas(64) Real buffer[cols];
     const int64_t first = chunk * cols, count = length(chunk);
     double* sums = partial + chunk * (m + 1);
-    const Real* v = widened(w + first, buffer, count);
+    const Real* v = widened<Real, TQ>(w + first, buffer, count);
     const TQ* q = static_cast<const TQ*>(Q.data) + first;
     by_rows(m, [&](int64_t i, auto rows) {
       dots<decltype(rows)::value>(q + i * Q.stride, Q.stride, v, count, sums + i);
     });
-    sums[m] = sq_norm(v, count);
+    sums[m] = sq_norm(v, apart<Real, TQ> ? divide_up(count, 32) * 32 : count);
   });
   double square = 0.0;
   for (int64_t i = 0; i < m; ++i) c[i] = 0.0;
@@ -219,13 +134,13 @@ int orthogonalize_in(ConstMatrix Q, T* w, int64_t dim, bool force, double* c, do
     alignas(64) Real buffer[cols];
     const int64_t chunk = chunks - 1 - k;  // backwards: what was read last is still in cache
     const int64_t first = chunk * cols, count = length(chunk);
-    Real* v = widened(w + first, buffer, count);
+    Real* v = widened<Real, TQ>(w + first, buffer, count);
     const TQ* q = static_cast<const TQ*>(Q.data) + first;
     by_rows(m, [&](int64_t i, auto rows) {
       remove<decltype(rows)::value>(q + i * Q.stride, Q.stride, v, count, c + i);
     });
-    write_back(w + first, v, count);
-    partial[chunk] = sq_norm(v, count);
+    write_back<Real, TQ>(w + first, v, count);
+    partial[chunk] = sq_norm(v, apart<Real, TQ> ? divide_up(count, 32) * 32 : count);
   });
   square = 0.0;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) square += partial[chunk];
