@@ -101,7 +101,9 @@ void bind_factors(py::module_& m) {
          int64_t steps, uintptr_t launch) {
         const auto P = view<ConstMatrix>(p), B = view<ConstMatrix>(b);
         const auto to = view<Matrix>(out);
-        require(factor_dtype(B.dtype) && P.dtype == B.dtype && sum_dtype(to.dtype), "row_dots: dtypes");
+        require(factor_dtype(B.dtype) && sum_dtype(to.dtype), "row_dots: dtypes");
+        // On the CPU the products of bfloat16 factors may come in float.
+        require(P.dtype == B.dtype || (device != cuda_device && P.dtype == wide(B.dtype)), "row_dots: dtypes");
         require(group > 0 && steps > 0 && B.rows == to.rows * steps && P.rows * group == B.rows &&
                     to.rows % group == 0,
                 "row_dots: rows");
@@ -117,8 +119,8 @@ void bind_factors(py::module_& m) {
          int64_t steps, uintptr_t launch) {
         const auto B = view<ConstMatrix>(b), S = view<ConstMatrix>(s);
         const auto to = view<Matrix>(out);
-        require(factor_dtype(B.dtype) && to.dtype == B.dtype && S.dtype == wide(B.dtype),
-                "scale_rows: dtypes");
+        require(factor_dtype(B.dtype) && S.dtype == wide(B.dtype), "scale_rows: dtypes");
+        require(to.dtype == B.dtype || (device != cuda_device && to.dtype == S.dtype), "scale_rows: dtypes");
         require(group > 0 && steps > 0 && B.rows == S.rows * steps && to.rows * group == B.rows &&
                     S.rows % group == 0,
                 "scale_rows: rows");

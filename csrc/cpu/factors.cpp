@@ -51,8 +51,8 @@ T* row(const Matrix& m, int64_t i) {
 // Lanes are fixed, so that every instruction set sums in the same order; fp32 only within a block of 512.
 constexpr int64_t lanes = 32, dot_block = 512;
 
-template <class T>
-double dot(const T* __restrict x, const T* __restrict y, int64_t n) {
+template <class P, class T>
+double dot(const P* __restrict x, const T* __restrict y, int64_t n) {
   double total = 0;
   for (int64_t start = 0; start < n; start += dot_block) {
     const int64_t stop = start + dot_block < n ? start + dot_block : n;
@@ -69,8 +69,8 @@ double dot(const T* __restrict x, const T* __restrict y, int64_t n) {
 }
 
 // out[i, k] += sum_t <P[(i / group) * steps + t, block k], B[i * steps + t, :]>, block k the k-th run of
-// B.cols.
-template <class T, class Out>
+// B.cols. P is of the type of B, or wider: a product in float of factors held in bfloat16.
+template <class T, class Out, class Product = T>
 void row_dots(ConstMatrix P, ConstMatrix B, Matrix out, int64_t group, int64_t steps, Launch launch) {
   constexpr int64_t chunk_rows = 16;
   parallel_for(divide_up(out.rows, chunk_rows), B.rows * P.cols, launch.threads, [&](int64_t chunk) {
@@ -79,15 +79,15 @@ void row_dots(ConstMatrix P, ConstMatrix B, Matrix out, int64_t group, int64_t s
       for (int64_t k = 0; k < out.cols; ++k) {
         double total = 0;
         for (int64_t t = 0; t < steps; ++t)
-          total += dot(row<T>(P, i / group * steps + t) + k * B.cols, row<T>(B, i * steps + t), B.cols);
+          total += dot(row<Product>(P, i / group * steps + t) + k * B.cols, row<T>(B, i * steps + t), B.cols);
         row<Out>(out, i)[k] += static_cast<Out>(total);
       }
   });
 }
 
 // out[i * steps + t, k * B.cols + j] = sum_m S[i * group + m, k] B[(i * group + m) * steps + t, j], m <
-// group.
-template <class T>
+// group. out is of the type of B, or wider.
+template <class T, class Out = T>
 void scale_rows(ConstMatrix B, ConstMatrix S, Matrix out, int64_t group, int64_t steps, Launch launch) {
   constexpr int64_t chunk_rows = 16, width = 256;
   parallel_for(divide_up(out.rows, chunk_rows), B.rows * S.cols * B.cols, launch.threads, [&](int64_t chunk) {
@@ -106,8 +106,8 @@ void scale_rows(ConstMatrix B, ConstMatrix S, Matrix out, int64_t group, int64_t
             const T* bm = row<T>(B, (first + m) * steps + t) + start;
             for (int64_t j = 0; j < n; ++j) sums[j] += sm * widen(bm[j]);
           }
-          T* to = row<T>(out, r) + k * B.cols + start;
-          for (int64_t j = 0; j < n; ++j) to[j] = narrow<T>(sums[j]);
+          Out* to = row<Out>(out, r) + k * B.cols + start;
+          for (int64_t j = 0; j < n; ++j) to[j] = narrow<Out>(sums[j]);
         }
     }
   });
@@ -248,11 +248,20 @@ void center(Matrix X, int64_t draws, double scale, Launch launch) {
 
 void row_dots_of(ConstMatrix P, ConstMatrix B, Matrix out, int64_t group, int64_t steps, Launch launch) {
   const bool wide = out.dtype == DType::f64;
+  if (P.dtype != B.dtype) {
+    (wide ? row_dots<bfloat16, double, float> : row_dots<bfloat16, float, float>)(P, B, out, group, steps,
+                                                                                  launch);
+    return;
+  }
   DROPSCOPE_BY_TYPE(B.dtype,
                     (wide ? row_dots<T, double> : row_dots<T, float>)(P, B, out, group, steps, launch))
 }
 
 void scale_rows_of(ConstMatrix B, ConstMatrix S, Matrix out, int64_t group, int64_t steps, Launch launch) {
+  if (out.dtype != B.dtype) {
+    scale_rows<bfloat16, float>(B, S, out, group, steps, launch);
+    return;
+  }
   DROPSCOPE_BY_TYPE(B.dtype, scale_rows<T>(B, S, out, group, steps, launch))
 }
 

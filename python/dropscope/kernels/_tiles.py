@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from dropscope.kernels._launch import CPU, DTYPES, MatrixArgument, _core, contiguous_rows, matrix
+from dropscope.kernels.products import add_product as add_product
 from dropscope.kernels.products import multiply as multiply
+from dropscope.kernels.products import multiply_into, native_bfloat16
 
 FACTOR_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 SUM_DTYPES = (torch.float32, torch.float64)
@@ -18,6 +20,26 @@ def flat_rows(x: Tensor) -> Tensor:
     """(n, T, d) as (n·T, d) with contiguous rows; a copy only where the strides demand it."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if contiguous_rows(rows) else rows.contiguous()
+
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype that factors are multiplied in: bfloat16 in float32, tile by tile in cache, where the CPU has no units."""
+    return torch.float32 if dtype == torch.bfloat16 and not native_bfloat16() else dtype
+
+
+class Workspace:
+    """Memory that products of tiles share: fresh memory for each would cost its page faults again."""
+
+    def __init__(self, elements: int, dtype: torch.dtype) -> None:
+        self.memory = torch.empty(elements, dtype=dtype)
+
+    def multiply(self, a: Tensor, b: Tensor) -> Tensor:
+        """The matrix product a b, gone when the next is made."""
+        return multiply_into(a, b, self.take(len(a), b.shape[1]))
+
+    def take(self, rows: int, cols: int) -> Tensor:
+        """A matrix of arbitrary contents in the workspace."""
+        return self.memory[: rows * cols].view(rows, cols)
 
 
 def tile_rows(width: int, itemsize: int, multiple: int = 1) -> int:
@@ -37,9 +59,8 @@ def row_dots(P: Tensor, B: Tensor, out: Tensor, group: int = 1, steps: int = 1) 
     _core.row_dots(CPU, matrix(P), matrix(B), matrix(out), group, steps, torch.get_num_threads())
 
 
-def scale_rows(B: Tensor, S: Tensor, group: int = 1, steps: int = 1) -> Tensor:
-    """[i·steps + t, block k] = Σ_{m < group} S[i·group + m, k] B[(i·group + m)·steps + t]."""
-    out = B.new_empty((B.shape[0] // group, S.shape[1] * B.shape[1]))
+def scale_rows(B: Tensor, S: Tensor, out: Tensor, group: int = 1, steps: int = 1) -> Tensor:
+    """out[i·steps + t, block k] = Σ_{m < group} S[i·group + m, k] B[(i·group + m)·steps + t]; out may be wider."""
     _core.scale_rows(CPU, matrix(B), matrix(S), matrix(out), group, steps, torch.get_num_threads())
     return out
 
@@ -85,12 +106,15 @@ __all__ = [
     "DTYPES",
     "FACTOR_DTYPES",
     "SUM_DTYPES",
+    "Workspace",
     "add",
+    "add_product",
     "center_rows",
     "even_tile",
     "flat_rows",
     "hadamard",
     "multiply",
+    "product_dtype",
     "row_dots",
     "scale_rows",
     "tile_rows",

@@ -2,7 +2,8 @@
 
 Rows are sample-major: sample i·M + m is draw m of sample i, and A may hold one row per M consecutive samples where
 the draws share it. Products run in the dtype of the factors, sums over tiles in the dtype of ``out``. bfloat16
-factors round each product of a tile once more to bfloat16 (relative error 2⁻⁹, independent between entries).
+factors are multiplied as they are where the CPU has units for it, each product of a tile being rounded once more to
+bfloat16 (relative error 2⁻⁹, independent between entries); elsewhere tiles are widened to float32 in cache.
 """
 
 from __future__ import annotations
@@ -100,17 +101,19 @@ def project(A: Tensor, B: Tensor, V: Tensor, out: Tensor) -> None:
         project(A, B, V, sums)
         out.copy_(sums)
         return
-    V, group = V.to(A.dtype), _group(A, B)
+    dtype = tiles.product_dtype(A.dtype)
+    V, group = V.to(dtype), _group(A, B)
     if group == 1 and A.shape[2] < B.shape[2]:  # the product is then narrower
         A, B, V = B, A, V.transpose(1, 2)
     steps, units = B.shape[1:]
     together = max(1, min(V.shape[0], 2048 // max(1, units)))
+    rows = max(1, tiles.tile_rows(together * units, dtype.itemsize) // steps)
+    space = tiles.Workspace(min(rows, A.shape[0]) * steps * together * units, dtype)
     for first in range(0, V.shape[0], together):
         stacked = V[first : first + together].reshape(-1, V.shape[2])
-        rows = max(1, tiles.tile_rows(stacked.shape[0], A.element_size()) // steps)
         for start in range(0, A.shape[0], rows):
             a, b = A[start : start + rows], B[start * group : (start + rows) * group]
-            product = tiles.multiply(tiles.flat_rows(a), stacked.T)
+            product = space.multiply(tiles.flat_rows(a).to(dtype), stacked.T)
             target = out[start * group : (start + rows) * group, first : first + together]
             tiles.row_dots(product, tiles.flat_rows(b), target, group, steps)
 
@@ -142,14 +145,21 @@ def accumulate(A: Tensor, B: Tensor, S: Tensor, out: Tensor) -> None:
     group, (steps, units) = _group(A, B), B.shape[1:]
     S = S.to(torch.promote_types(A.dtype, torch.float32))
     S = S if contiguous_rows(S) else S.contiguous()
+    dtype = tiles.product_dtype(A.dtype)
     together = max(1, min(S.shape[1], 2048 // max(1, units)))
+    rows = max(1, tiles.tile_rows(together * units, dtype.itemsize) // steps)
+    space = tiles.Workspace(min(rows, A.shape[0]) * steps * together * units, dtype)
     for first in range(0, S.shape[1], together):
         weights, target = S[:, first : first + together], out[first : first + together]
-        rows = max(1, tiles.tile_rows(weights.shape[1] * units, A.element_size()) // steps)
+        whole = target.is_contiguous()
+        sums = (target if whole else torch.zeros_like(target, memory_format=torch.contiguous_format)).flatten(0, 1)
         for start in range(0, A.shape[0], rows):
             a, b = A[start : start + rows], B[start * group : (start + rows) * group]
-            packed = tiles.scale_rows(tiles.flat_rows(b), weights[start * group : (start + rows) * group], group, steps)
-            target += tiles.multiply(packed.T, tiles.flat_rows(a)).view(target.shape)
+            packed = space.take(a.shape[0] * steps, weights.shape[1] * units)
+            tiles.scale_rows(tiles.flat_rows(b), weights[start * group : (start + rows) * group], packed, group, steps)
+            tiles.add_product(sums, packed.T, tiles.flat_rows(a).to(dtype))
+        if not whole:
+            target += sums.view(target.shape)
 
 
 @torch.no_grad()
@@ -249,7 +259,8 @@ class _Operand:
 
     def __init__(self, A: Tensor, B: Tensor, bias: bool, start: int, size: int, ghost: bool) -> None:
         self.group, self.steps, self.bias, self.ghost = _group(A, B), B.shape[1], bias, ghost
-        a, b = A[start // self.group : (start + size) // self.group], B[start : start + size]
+        dtype = tiles.product_dtype(A.dtype)
+        a, b = (x.to(dtype) for x in (A[start // self.group : (start + size) // self.group], B[start : start + size]))
         if ghost:
             self.a, self.b = tiles.flat_rows(a), tiles.flat_rows(b)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import pathlib
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -16,31 +16,71 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _SMALLEST = 1 << 16
 # Multiply-adds of a computation from which the detour of its every operation through Python is paid for.
 _WORTHWHILE = 1 << 26
+# How much faster another product must be before it is taken. Where it matters it is 2 times (oneDNN where MKL keeps its
+# AVX-512 code to Intel's CPUs) or more (bfloat16 units), so that a busy machine does not change what is measured.
+_CLEARLY = 1.4
 
 
 @functools.cache
 def prefer_onednn() -> bool:
-    """Whether oneDNN multiplies float32 matrices faster than the BLAS of torch.mm.
-
-    MKL keeps its AVX-512 code to Intel's CPUs; elsewhere oneDNN's runs 2.2 times faster, at the same precision.
-    """
+    """Whether oneDNN multiplies float32 matrices clearly faster than the BLAS of torch.mm, by a trial of some 10 ms."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
-        return False
-    try:
-        return "GenuineIntel" not in pathlib.Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
+    a, b = _trial(torch.float32)
+    return _CLEARLY * _fastest(lambda: _onednn(a, b)) < _fastest(lambda: torch.mm(a, b))
+
+
+@functools.cache
+def native_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 matrices clearly faster than float32 ones, by a trial of some 10 ms."""
+    a, b = _trial(torch.bfloat16)
+    c, d = _trial(torch.float32)
+    return _CLEARLY * _fastest(lambda: torch.mm(a, b)) < _fastest(lambda: multiply(c, d))
+
+
+def _trial(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Matrices of the sizes of our tiles, without drawing from torch's generator."""
+    return torch.full((256, 256), 0.5, dtype=dtype), torch.full((256, 512), 0.5, dtype=dtype)
+
+
+@torch.no_grad()
+def _fastest(product: Callable[[], Tensor]) -> float:
+    """Seconds of the fastest of a few calls, the first not counted."""
+    product()
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        product()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
     """The matrix product a b."""
-    if a.dtype == torch.float32 and a.numel() and b.numel() and prefer_onednn():
+    if _takes_onednn(a, b):
         return _onednn(a, b)
     return torch.mm(a, b)
+
+
+def multiply_into(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """The matrix product a b in the memory of out, or elsewhere where that is faster."""
+    if _takes_onednn(a, b):
+        return _onednn(a, b)
+    return torch.mm(a, b, out=out)
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a b."""
+    if _takes_onednn(a, b) or out.dtype != a.dtype:
+        out += multiply(a, b)
+    else:
+        out.addmm_(a, b)
+
+
+def _takes_onednn(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == torch.float32 and min(a.numel(), b.numel()) > 0 and prefer_onednn()
 
 
 def faster_products(work: float) -> AbstractContextManager[object]:
