@@ -1,6 +1,7 @@
-"""Factor kernels on 784-500-500-10 against the bare matrix products of the same shapes and against plain torch.
+"""Factor kernels on 784-500-500-10, and on long sequences, against bare matrix products and against plain torch.
 
-The bare products are torch.mm(out=) on whole float32 matrices, nothing else done; answers are held against float64.
+The bare products are torch.mm(out=) of the same shapes on whole float32 matrices, nothing else done; answers are held
+against float64.
 """
 
 from __future__ import annotations
@@ -130,6 +131,123 @@ def gram_float32() -> Contest:
 @contest("Gram matrix from factors, 4000 rows, bfloat16 (bare: float32)", within=1.0, rounds=5)
 def gram_bfloat16() -> Contest:
     return gram(4000, torch.bfloat16, shared=False)
+
+
+def sequences(samples: int, steps: int, width: int) -> tuple[Tensor, Tensor]:
+    """(A, B) of one layer on sequences."""
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(samples, steps, width, generator=generator) for _ in range(2))  # type: ignore[return-value]
+
+
+@contest("Σ-product from factors, 64 sequences of 256 tokens, width 512, float32", within=1.1)
+def product_sequences() -> Contest:
+    A, B = sequences(64, 256, 512)
+    V = torch.randn(1, 512, 512, generator=torch.Generator().manual_seed(1)) / 512
+    out, flat = torch.zeros_like(V), (A.flatten(0, 1), B.flatten(0, 1))
+    rows_out, sums_out = torch.empty_like(flat[1]), torch.empty_like(V[0])
+
+    def ours() -> list[Tensor]:
+        s = torch.zeros(64, 1)
+        kernels.project(A, B, V, s)
+        kernels.center(s, DRAWS)
+        kernels.accumulate(A, B, s, out.zero_())
+        return [out[0]]
+
+    def torch_loop(A: Tensor = A, B: Tensor = B, V: Tensor = V) -> list[Tensor]:
+        s = ((A @ V[0].T) * B).sum((1, 2)).view(-1, DRAWS)
+        s = (s - s.mean(1, keepdim=True)).view(-1, 1, 1)
+        return [(s * B).flatten(0, 1).T @ A.flatten(0, 1)]
+
+    def bare() -> None:
+        torch.mm(flat[0], V[0].T, out=rows_out)
+        torch.mm(flat[1].T, flat[0], out=sums_out)
+
+    check = checked(lambda: torch_loop(A.double(), B.double(), V.double()), torch.float32)
+    return Contest(ours, check, {"plain torch": torch_loop}, ("bare products", bare))
+
+
+def gram_sequences(samples: int, steps: int, width: int, ghost: bool) -> Contest:
+    """The Gram matrix of one layer; the ceiling is the bare products of the cheaper of its two routes."""
+    A, B = sequences(samples, steps, width)
+    out, rows = torch.zeros(samples, samples), samples * steps
+    wide = torch.empty(rows, rows) if ghost else torch.empty(samples, width, width)
+
+    def ours() -> list[Tensor]:
+        kernels.gram(A, B, A, B, out.zero_())
+        return [out]
+
+    def materialised(A: Tensor = A, B: Tensor = B) -> list[Tensor]:
+        G = (B.mT @ A).flatten(1)
+        return [G @ G.T]
+
+    def bare() -> None:
+        if ghost:
+            for X in (A, B):
+                torch.mm(X.flatten(0, 1), X.flatten(0, 1).T, out=wide)
+        else:
+            torch.bmm(B.mT, A, out=wide)
+            torch.mm(wide.flatten(1), wide.flatten(1).T, out=out)
+
+    check = checked(lambda: materialised(A.double(), B.double()), torch.float32)
+    return Contest(ours, check, {"materialised": materialised}, ("bare products", bare))
+
+
+@contest("Gram matrix from factors, 64 sequences of 256 tokens, width 512 (materialised route)", within=1.1, rounds=5)
+def gram_long() -> Contest:
+    return gram_sequences(64, 256, 512, ghost=False)
+
+
+@contest("Gram matrix from factors, 400 sequences of 8 tokens, width 512 (ghost route)", within=1.1, rounds=5)
+def gram_short() -> Contest:
+    return gram_sequences(400, 8, 512, ghost=True)
+
+
+@contest("squared norms of 10^4 per-sample gradients", within=1.5)
+def sq_norms() -> Contest:
+    """Against one sum over all factors, which reads the same bytes."""
+    layers = factors(10_000, torch.float32, shared=False)
+
+    def ours() -> list[Tensor]:
+        return [sum((kernels.sq_norms(A, B) for A, B in layers), torch.zeros(10_000, dtype=torch.float64))]
+
+    def torch_loop(layers: list[tuple[Tensor, Tensor]] = layers) -> list[Tensor]:
+        parts = [A.square().sum((1, 2)) * B.square().sum((1, 2)) for A, B in layers]
+        return [torch.stack(parts).sum(0)]
+
+    def read() -> None:
+        for A, B in layers:
+            A.sum(), B.sum()
+
+    check = checked(lambda: torch_loop([(A.double(), B.double()) for A, B in layers]), torch.float32)
+    return Contest(ours, check, {"plain torch": torch_loop}, ("reading the factors", read))
+
+
+@contest("product of Σ with 10 columns at once, 10^4 rows, input shared by 4 draws", faster={"column by column": 1.0})
+def columns() -> Contest:
+    rows, K = 10_000, 10
+    layers = factors(rows, torch.float32, shared=True)
+    V = [torch.randn(K, b, a, generator=torch.Generator().manual_seed(1)) / a for a, b in pairwise(SIZES)]
+
+    def product(V: list[Tensor]) -> list[Tensor]:
+        s, out = torch.zeros(rows, len(V[0])), [torch.zeros_like(v) for v in V]
+        for (A, B), v in zip(layers, V, strict=True):
+            kernels.project(A, B, v, s)
+        kernels.center(s, DRAWS)
+        for (A, B), o in zip(layers, out, strict=True):
+            kernels.accumulate(A, B, s, o)
+        return out
+
+    def one_by_one() -> list[Tensor]:
+        columns = [product([v[k : k + 1] for v in V]) for k in range(K)]
+        return [torch.cat(parts) for parts in zip(*columns, strict=True)]
+
+    def check(answers: Mapping[str, Any]) -> str:
+        pairs = list(zip(answers["ours"], answers["column by column"], strict=True))
+        error = max(float((x - y).norm() / y.norm()) for x, y in pairs)
+        assert error < 1e-5, error
+        return f"relative difference {error:.0e}"
+
+    return Contest(lambda: product(V), check, {"column by column": one_by_one})
 
 
 @contest(

@@ -103,7 +103,8 @@ void bind_factors(py::module_& m) {
         const auto to = view<Matrix>(out);
         require(factor_dtype(B.dtype) && sum_dtype(to.dtype), "row_dots: dtypes");
         // On the CPU the products of bfloat16 factors may come in float.
-        require(P.dtype == B.dtype || (device != cuda_device && P.dtype == wide(B.dtype)), "row_dots: dtypes");
+        require(P.dtype == B.dtype || (device != cuda_device && P.dtype == wide(B.dtype)),
+                "row_dots: dtypes");
         require(group > 0 && steps > 0 && B.rows == to.rows * steps && P.rows * group == B.rows &&
                     to.rows % group == 0,
                 "row_dots: rows");

@@ -94,7 +94,14 @@ void scale_rows(ConstMatrix B, ConstMatrix S, Matrix out, int64_t group, int64_t
     const int64_t stop = (chunk + 1) * chunk_rows < out.rows ? (chunk + 1) * chunk_rows : out.rows;
     for (int64_t r = chunk * chunk_rows; r < stop; ++r) {
       const int64_t first = r / steps * group, t = r % steps;
-      for (int64_t k = 0; k < S.cols; ++k)
+      for (int64_t k = 0; k < S.cols; ++k) {
+        if (group == 1) {
+          const Wide<T> s = row<Wide<T>>(S, first)[k];
+          const T* b = row<T>(B, r);
+          Out* to = row<Out>(out, r) + k * B.cols;
+          for (int64_t j = 0; j < B.cols; ++j) to[j] = narrow<Out>(s * widen(b[j]));
+          continue;
+        }
         for (int64_t start = 0; start < B.cols; start += width) {
           const int64_t n = B.cols - start < width ? B.cols - start : width;
           Wide<T> sums[width];
@@ -109,6 +116,7 @@ void scale_rows(ConstMatrix B, ConstMatrix S, Matrix out, int64_t group, int64_t
           Out* to = row<Out>(out, r) + k * B.cols + start;
           for (int64_t j = 0; j < n; ++j) to[j] = narrow<Out>(sums[j]);
         }
+      }
     }
   });
 }
