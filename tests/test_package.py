@@ -29,7 +29,7 @@ LEVELS = [
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-SPECTRAL_KNOWS = {"spectral", "operators.base", "kernels", "estimate", "_files", "plots"}
+SPECTRAL_KNOWS = {"spectral", "operators.base", "kernels", "estimate", "memory", "_files", "plots"}
 PUBLIC = [
     "GradientNoise",
     "Hessian",

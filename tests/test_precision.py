@@ -11,9 +11,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+from dropscope.masks import MaskKey
 from dropscope.operators import SymmetricOperator
+from dropscope.operators.gauss_newton import GaussNewton
+from dropscope.operators.graphs import GraphOperator
+from dropscope.operators.hessian import Hessian
+from dropscope.problem import Problem
 from dropscope.spectral import Eigenpairs, EigenStatus, eigsh
 from dropscope.spectral.precision import Trial, pays
 
@@ -310,3 +315,44 @@ def test_auto_without_low_precision_products_is_full() -> None:
     pairs = eigsh(A, 3, precision="auto")
     assert pairs.precision == "full: FromCallable offers no low-precision products"
     assert pairs.low_matvecs == 0
+
+
+def digits_like(dtype: torch.dtype = torch.float32) -> Problem:
+    generator = torch.Generator().manual_seed(0)
+    X = torch.rand(120, 64, generator=generator)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 24), nn.Tanh(), nn.Dropout(0.2), nn.Linear(24, 10)).to(dtype)
+    y = torch.randint(0, 10, (120,), generator=generator)
+    return Problem(model, nn.CrossEntropyLoss(), (X.to(dtype), y), batch_size=50)
+
+
+@pytest.mark.parametrize("of", [Hessian, GaussNewton])
+@pytest.mark.parametrize("key", [None, MaskKey(2, 1)], ids=str)
+def test_networks_offer_bfloat16_where_there_are_units(
+    of: type[GraphOperator], key: MaskKey | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    A, v = of(digits_like(), key), torch.randn(64 * 24 + 24 + 250, generator=torch.Generator().manual_seed(1))
+    image = A @ v
+    monkeypatch.setattr("dropscope.operators.graphs.fast_bfloat16", lambda device: False)
+    assert A.low_precision() is None
+    with pytest.raises(ValueError, match="offers no low-precision products"):
+        eigsh(A, 3, precision="mixed")
+    monkeypatch.setattr("dropscope.operators.graphs.fast_bfloat16", lambda device: True)
+    low = A.low_precision()
+    assert low is not None
+    assert "bfloat16 products" in repr(low)
+    assert low.low_precision() is None
+    assert of(digits_like(torch.float64), key).low_precision() is None
+    rough = low @ v
+    assert rough.dtype == torch.float32
+    assert 1e-5 < float((rough - image).norm() / image.norm()) < 2e-2
+    assert torch.equal(low @ v, rough)
+    assert torch.equal(A @ v, image)
+    pairs = eigsh(A, 5, tol=1e-2, precision="mixed")
+    residuals = torch.linalg.vector_norm(A @ pairs.vectors - pairs.vectors * pairs.values.float(), dim=0)
+    assert pairs.status is EigenStatus.CONVERGED
+    assert pairs.low_matvecs > pairs.matvecs
+    assert float(residuals.max()) <= 1.01e-2 * pairs.scale
+    full = eigsh(A, 5, tol=1e-4)
+    torch.testing.assert_close(pairs.values, full.values, rtol=0, atol=1e-2 * full.scale)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -61,21 +64,49 @@ def readable(size: float) -> str:
     raise AssertionError
 
 
-@contextmanager
-def saved_bytes(excluded: Sequence[Tensor]) -> Iterator[Callable[[], int]]:
-    """Count the bytes of what autograd saves inside the block, each storage once, ``excluded`` ones not.
+class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Count the bytes of tensors made inside the block that are alive, and their peak; each storage once.
 
-    Yields:
-        A function that returns the count so far.
+    What an operation allocates and frees within itself is not seen.
+
+    Attributes:
+        peak: the most bytes that were alive at once.
     """
-    seen: dict[int, int] = {}
-    known = {t.untyped_storage().data_ptr() for t in excluded}
 
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in known:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return t
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = 0
+        self._seen: dict[int, tuple[StorageWeakRef, int]] = {}  # those that may be alive; a reference keeps its address
+        self._total = 0
+        self._known: set[int] = set()  # storages from outside
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        yield lambda: sum(seen.values())
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        for storage in _storages((args, kwargs)):
+            if storage._cdata not in self._seen:
+                self._known.add(storage._cdata)
+        out = func(*args, **(kwargs or {}))
+        for storage in _storages(out):
+            if storage._cdata not in self._known and storage._cdata not in self._seen:
+                self._seen[storage._cdata] = StorageWeakRef(storage), storage.nbytes()  # type: ignore[no-untyped-call]
+                self._total += storage.nbytes()
+        if self._total > self.peak:
+            self.peak = max(self.peak, self.alive())
+        return out
+
+    def alive(self) -> int:
+        """Bytes that are alive now."""
+        self._seen = {key: held for key, held in self._seen.items() if not held[0].expired()}  # type: ignore[no-untyped-call]
+        self._total = sum(size for _, size in self._seen.values())
+        return self._total
+
+
+def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+            yield leaf.untyped_storage()

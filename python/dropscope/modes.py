@@ -46,6 +46,13 @@ def twice_differentiable(model: nn.Module, device: torch.device) -> Iterator[Non
         yield
 
 
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether the device has units that multiply bfloat16 matrices; elsewhere torch takes longer than in float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+
+
 def dual(value: Tensor, tangent: Tensor) -> Tensor:
     """Return value + tangent·ε inside a dual level, differentiable by autograd too."""
     with warnings.catch_warnings():

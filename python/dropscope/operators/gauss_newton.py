@@ -33,12 +33,13 @@ class GaussNewton(GraphOperator):
         masks: one draw of every mask; None switches dropout off.
         draws: average over draws 0 .. draws−1 of ``seed``.
         seed: seed of these draws.
-        memory: bytes that graphs may take, default half of what is free.
+        memory: bytes that graphs and products through them may take, default half of what is free.
+        block: columns of ``G @ V`` that go together, by default as a trial decides; see :class:`~dropscope.Hessian`.
 
     Raises:
         TypeError: if masks is not a MaskKey.
-        ValueError: if both masks and draws are given, draws < 1, memory does not hold the graph of one batch, or a
-            loss or an output is not finite.
+        ValueError: if both masks and draws are given, draws < 1, memory does not hold the graph of one batch and
+            a product through it, or a loss or an output is not finite.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -80,8 +81,9 @@ class Fisher(GaussNewton):
         seed: int = 0,
         *,
         memory: int | None = None,
+        block: int | None = None,
     ) -> None:
-        super().__init__(problem, masks, draws, seed, memory=memory)
+        super().__init__(problem, masks, draws, seed, memory=memory, block=block)
         loss = problem.loss
         known = loss.elements is not None and isinstance(loss.loss, _NATURAL)
         known = known and getattr(loss.loss, "pos_weight", None) is None  # else no likelihood
@@ -103,19 +105,22 @@ class _Split:
     duals: tuple[Tensor, ...]
     pulled: tuple[Tensor, ...]
 
-    def product(self, parameters: Sequence[Tensor], vs: Sequence[Tensor], *, keep: bool) -> tuple[Tensor, ...] | None:
+    def product(
+        self, parameters: Sequence[Tensor], vs: Sequence[Tensor], *, keep: bool, batched: bool = False
+    ) -> tuple[Tensor, ...] | None:
         """Return Jᵀ L J v; None if the loss is linear in the outputs."""
         curved = [(slope, k) for k, slope in enumerate(self.slopes) if slope.requires_grad]
         pairs = [(g, v) for g, v in zip(self.pulled, vs, strict=True) if g.requires_grad]
         if not curved or not pairs:
             return None
         pulled, directions = zip(*pairs, strict=True)
-        pushed = torch.autograd.grad(pulled, self.duals, directions, retain_graph=True, materialize_grads=True)
-        slopes, places = zip(*curved, strict=True)
-        bent = torch.autograd.grad(
-            slopes, self.leaves, [pushed[k] for k in places], retain_graph=keep, materialize_grads=True
+        pushed = torch.autograd.grad(
+            pulled, self.duals, directions, retain_graph=True, materialize_grads=True, is_grads_batched=batched
         )
-        return torch.autograd.grad(self.outputs, parameters, bent, retain_graph=keep, materialize_grads=True)
+        slopes, places = zip(*curved, strict=True)
+        how = {"retain_graph": keep, "materialize_grads": True, "is_grads_batched": batched}
+        bent = torch.autograd.grad(slopes, self.leaves, [pushed[k] for k in places], **how)
+        return torch.autograd.grad(self.outputs, parameters, bent, **how)
 
 
 def _detach(output: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -12,17 +13,27 @@ from torch import Tensor, nn
 
 from dropscope import kernels
 from dropscope.masks import MaskKey
-from dropscope.memory import budget, readable, saved_bytes
-from dropscope.modes import twice_differentiable
+from dropscope.memory import Live, budget, readable
+from dropscope.modes import fast_bfloat16, twice_differentiable
 from dropscope.operators.base import SymmetricOperator
+from dropscope.operators.blocks import LEAST, BlockPlan, try_block
 from dropscope.problem import Batch, Problem
 
 
 class Graph(Protocol):
     """One batch's part of an operator, under one mask key, ready for products."""
 
-    def product(self, parameters: Sequence[Tensor], vs: Sequence[Tensor], *, keep: bool) -> Sequence[Tensor] | None:
-        """Return the part's product with a vector given by parameter; None if the part is zero."""
+    def product(
+        self, parameters: Sequence[Tensor], vs: Sequence[Tensor], *, keep: bool, batched: bool = False
+    ) -> Sequence[Tensor] | None:
+        """Return the part's product with a vector given by parameter; None if the part is zero.
+
+        Args:
+            parameters: the parameters.
+            vs: the vector's part for each; where ``batched``, several vectors in dim 0.
+            keep: whether the graph serves further products.
+            batched: take all vectors together.
+        """
 
 
 class GraphOperator(SymmetricOperator):
@@ -30,6 +41,9 @@ class GraphOperator(SymmetricOperator):
 
     A subclass defines :meth:`_build`. The operator follows the model: graphs are dropped when a parameter or buffer
     changes.
+
+    Attributes:
+        peak: the most bytes that graphs and the products through them have taken, by the count of tensors alive.
     """
 
     def __init__(
@@ -40,28 +54,75 @@ class GraphOperator(SymmetricOperator):
         seed: int = 0,
         *,
         memory: int | None = None,
+        block: int | None = None,
     ) -> None:
         name = type(self).__name__
         self.keys = mask_keys(name, problem, masks, draws, seed)
         self.problem, self.memory = problem, budget(name, memory, problem.device)
+        if block is not None and (not isinstance(block, int) or isinstance(block, bool) or block < 1):
+            raise ValueError(f"{name}: block must be a positive int or None, got {block!r}")
         self.dim, self.dtype, self.device, self.blocks = problem.dim, problem.dtype, problem.device, problem.blocks
+        self.peak = 0
         self._kept: dict[tuple[int, int], tuple[Graph, int]] = {}  # with its bytes
         self._taken_at: object = None
         self._size = 0.0  # bytes of a graph per element of its batch, measured on the first
+        self._work = 0.0  # bytes that building it or a product through it takes besides, per element
+        self._columns = None if block is None else BlockPlan(block, "as asked for")
+        self._lowered: torch.dtype | None = None  # of autocast
 
     @abstractmethod
     def _build(self, batch: Batch, key: MaskKey | None, weight: float) -> Graph:
         """Return the graph of Σ s / weight over a batch under a key."""
 
     def __repr__(self) -> str:
-        held = readable(sum(size for _, size in self._kept.values()))
+        held = readable(self._held)
         first = self.keys[0]
         masks = "dropout off" if first is None else f"{len(self.keys)} draws from {first}"
-        return f"{type(self).__name__}(dim={self.dim}, {masks}, {len(self._kept)} graphs kept in {held})"
+        low = "" if self._lowered is None else f", {str(self._lowered).removeprefix('torch.')} products"
+        return f"{type(self).__name__}(dim={self.dim}, {masks}{low}, {len(self._kept)} graphs kept in {held})"
+
+    def plan(self) -> str:
+        """Return what is kept, what it takes, and how several columns go through it, one line each."""
+        units = (self.problem.data.count or 0) * len(self.keys)
+        columns = "not tried yet" if self._columns is None else self._columns.reason
+        return (
+            f"graphs   {len(self._kept)} of {units} kept in {readable(self._held)}, the rest rebuilt in every product\n"
+            f"memory   peak {readable(self.peak)} of {readable(self.memory)}\n"
+            f"columns  {columns}"
+        )
 
     def close(self) -> None:
         """Let go of the kept graphs; the next product builds them anew."""
         self._kept.clear()
+
+    def low_precision(self) -> SymmetricOperator | None:
+        """Return the operator with bfloat16 products; None where float32 is not the dtype or bfloat16 has no units.
+
+        The forward pass runs under autocast, and with it the derivatives: matrix products in bfloat16, losses,
+        normalisations and the sums over batches in float32. Graphs take what this operator leaves of ``memory``.
+        """
+        if self.dtype != torch.float32 or self._lowered is not None or not fast_bfloat16(self.device):
+            return None
+        return self.lowered()
+
+    def lowered(self) -> GraphOperator:
+        """Return the operator with bfloat16 products, whether or not the machine has units for them."""
+        low = copy.copy(self)
+        low.memory, low.peak = max(1, self.memory - self._held), 0
+        low._kept, low._taken_at, low._size, low._work, low._columns = {}, None, 0.0, 0.0, None
+        low._lowered = torch.bfloat16
+        return low
+
+    @property
+    def block(self) -> int:
+        """Columns that a product takes together at a gain, found by a trial on the first batch; 1 if there is none."""
+        if self._columns is None:
+            self @ torch.ones(self.dim, LEAST, dtype=self.dtype, device=self.device)
+        return 1 if self._columns is None else self._columns.width
+
+    @property
+    def _held(self) -> int:
+        return sum(size for _, size in self._kept.values())
 
     @torch.inference_mode(False)
     def _matmat(self, V: Tensor) -> Tensor:
@@ -82,12 +143,46 @@ class GraphOperator(SymmetricOperator):
     def _add(self, rows: Tensor, out: Tensor) -> None:
         """Add the products with the rows to the rows of out."""
         parameters = list(self.problem.params.values())
-        pairs = [(self._parts(v), self._parts(image)) for v, image in zip(rows, out, strict=True)]
-        for graph, keep in self._graphs():
-            for j, (vs, images) in enumerate(pairs):
-                product = graph.product(parameters, vs, keep=keep or j + 1 < len(pairs))
-                if product is not None:
-                    torch._foreach_add_(images, [part.detach() for part in product])
+        vectors, images = [self._parts(v) for v in rows], [self._parts(image) for image in out]
+        for graph, size, keep in self._graphs():
+            if self._columns is None and len(vectors) >= LEAST:
+                self._columns = try_block(
+                    lambda vs, batched, graph=graph: graph.product(parameters, vs, keep=True, batched=batched),  # type: ignore[misc]
+                    vectors,
+                    self.device,
+                )
+            width = self._width(size, keep)
+            for start in range(0, len(vectors), width):
+                end = min(start + width, len(vectors))
+                together = end - start > 1
+                vs = [torch.stack(parts) for parts in zip(*vectors[start:end], strict=True)]
+                product = graph.product(
+                    parameters, vs if together else vectors[start], keep=keep or end < len(vectors), batched=together
+                )
+                parts = [] if product is None else [part.detach() for part in product]
+                del product
+                if parts and not together:
+                    torch._foreach_add_(images[start], parts)
+                for j in (
+                    range(start, end) if parts and together else ()
+                ):  # a part that depends on no parameter is zero, and comes without columns
+                    columns = [
+                        part[j - start] if part.dim() > p.dim() else part
+                        for part, p in zip(parts, parameters, strict=True)
+                    ]
+                    torch._foreach_add_(images[j], columns)
+                del parts
+            del graph  # before the next is built
+
+    def _width(self, size: int, kept: bool) -> int:
+        """Columns that go together through a graph of ``size`` bytes: each takes the working memory of a product."""
+        width = 1 if self._columns is None else self._columns.width
+        if width == 1:
+            return 1
+        free, work = self.memory - self._held - (0 if kept else size), size * self._work / self._size
+        width = max(1, min(width, int(free / max(work, 1.0))))
+        self.peak = max(self.peak, self.memory - free + int(width * work))
+        return width
 
     def _parts(self, v: Tensor) -> list[Tensor]:
         """Views of a flat vector in the parameters' shapes."""
@@ -95,44 +190,52 @@ class GraphOperator(SymmetricOperator):
         pieces = v.split_with_sizes([p.numel() for p in parameters])
         return [piece.view(p.shape) for piece, p in zip(pieces, parameters, strict=True)]
 
-    def _graphs(self) -> Iterator[tuple[Graph, bool]]:
-        """Yield each batch's graph under each key, and whether it stays."""
+    def _graphs(self) -> Iterator[tuple[Graph, int, bool]]:
+        """Yield each batch's graph under each key, its bytes, and whether it stays."""
         problem = self.problem
         weight = problem.total_weight * len(self.keys)
         units = (problem.data.count or 0) * len(self.keys)
         if len(self._kept) == units:
-            yield from [(graph, True) for graph, _ in self._kept.values()]
+            yield from [(graph, size, True) for graph, size in self._kept.values()]
             return
-        held = sum(size for _, size in self._kept.values())
-        largest = max((size for _, size in self._kept.values()), default=0)
+        held, largest = self._held, max((size for _, size in self._kept.values()), default=0)
         for batch in problem.batches():
             for k, key in enumerate(self.keys):
                 place = batch.index, k
                 if place in self._kept:
-                    yield self._kept[place][0], True
+                    yield *self._kept[place], True
                     continue
                 graph, size = self._measured(batch, key, weight)
                 largest = max(largest, size)
+                work = int(largest * self._work / self._size)
                 # While others are to be rebuilt, one of them must find room beside those that stay.
                 others = largest if len(self._kept) + 1 < units else 0
-                if held + size + others <= self.memory:
+                if held + size + others + work <= self.memory:
                     self._kept[place] = graph, size
                     held += size
-                elif size > self.memory:
+                elif size + work > self.memory:
                     raise ValueError(
-                        f"{type(self).__name__}: memory must hold the graph of one batch, {readable(size)}, got "
-                        f"{readable(self.memory)}: use a smaller batch_size"
+                        f"{type(self).__name__}: memory must hold the graph of one batch and a product through it, "
+                        f"{readable(size + work)}, got {readable(self.memory)}: use a smaller batch_size"
                     )
-                yield graph, place in self._kept
-                del graph  # before the next is built
+                while place not in self._kept and held + size + work > self.memory:  # larger than those before it
+                    held -= self._kept.popitem()[1][1]
+                self.peak = max(self.peak, held + work + (0 if place in self._kept else size))
+                yield graph, size, place in self._kept
+                del graph  # before the next is built, as the caller does
 
     def _measured(self, batch: Batch, key: MaskKey | None, weight: float) -> tuple[Graph, int]:
         """Build a graph; the bytes of the first are counted, the others' follow from their batches' sizes."""
-        counted = nullcontext(None) if self._size else saved_bytes(list(self.problem.params.values()))
-        with torch.enable_grad(), counted as taken:
-            graph = self._build(batch, key, weight)
-        if taken is not None:
-            self._size = max(1, taken()) / batch.elements
+        autocast = nullcontext() if self._lowered is None else torch.autocast(self.device.type, self._lowered)
+        counted = nullcontext(None) if self._size else Live()
+        with torch.enable_grad(), counted as live:
+            with autocast:
+                graph = self._build(batch, key, weight)
+            if live is not None:
+                size = live.alive()
+                ones = self._parts(torch.ones(self.dim, dtype=self.dtype, device=self.device))
+                graph.product(list(self.problem.params.values()), ones, keep=True)
+                self._size, self._work = max(1, size) / batch.elements, (live.peak - size) / batch.elements
         return graph, int(self._size * batch.elements)
 
 
@@ -160,8 +263,17 @@ def mask_keys(
 
 def _state(model: nn.Module) -> object:
     """What changes whenever a parameter or buffer does: addresses, versions, and sums of the bits."""
-    tensors = [t for group in (model.parameters(), model.buffers()) for t in group]
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = [t.detach().view(bits[t.element_size()]).sum() for t in tensors if t.element_size() in bits and t.ndim]
+    tensors = [t.detach() for group in (model.parameters(), model.buffers()) for t in group]
     where = tuple((t.data_ptr(), t._version) for t in tensors)
+    sums = [_bits(t).sum() for t in tensors if t.element_size() in _WORDS and t.numel()]
     return where, tuple(torch.stack(sums).tolist()) if sums else ()
+
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _bits(t: Tensor) -> Tensor:
+    """The tensor's bits as integers; as long ones where they can be, for torch sums these ten times faster."""
+    if t.is_contiguous() and t.numel() * t.element_size() % 8 == 0 and t.data_ptr() % 8 == 0:
+        return t.view(-1).view(torch.int64)
+    return t.reshape(-1).view(_WORDS[t.element_size()])

@@ -11,6 +11,8 @@ from torch.autograd import forward_ad
 
 from dropscope.masks import MaskKey
 from dropscope.modes import dual
+from dropscope.operators.base import SymmetricOperator
+from dropscope.operators.blocks import BlockPlan
 from dropscope.operators.graphs import Graph, GraphOperator
 from dropscope.problem import Batch, Problem, finite_sum
 
@@ -31,12 +33,15 @@ class Hessian(GraphOperator):
         masks: one draw of every mask; None switches dropout off.
         draws: average the Hessian over draws 0 .. draws−1 of ``seed``.
         seed: seed of these draws.
-        memory: bytes that graphs may take, default half of what is free.
+        memory: bytes that graphs and products through them may take, default half of what is free.
+        block: columns of ``H @ V`` that go together; 1 is one after the other. By default a trial on the first batch
+            decides by the clock, so that the last bits of ``H @ V`` may differ from run to run; those of ``H @ v`` do
+            not, nor any under ``torch.use_deterministic_algorithms``. ``plan()`` tells.
 
     Raises:
         TypeError: if masks is not a MaskKey.
-        ValueError: if both masks and draws are given, draws < 1, memory does not hold the graph of one batch, or a
-            loss or gradient is not finite.
+        ValueError: if both masks and draws are given, draws < 1, memory does not hold the graph of one batch and
+            a product through it, or a loss or gradient is not finite.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -53,9 +58,14 @@ class Hessian(GraphOperator):
         seed: int = 0,
         *,
         memory: int | None = None,
+        block: int | None = None,
     ) -> None:
-        super().__init__(problem, masks, draws, seed, memory=memory)
+        super().__init__(problem, masks, draws, seed, memory=memory, block=block)
         self._forward_over_reverse = False
+
+    def low_precision(self) -> SymmetricOperator | None:
+        """As of every operator on graphs; None where products are taken forward over reverse."""
+        return None if self._forward_over_reverse else super().low_precision()
 
     def _add(self, rows: Tensor, out: Tensor) -> None:
         if not self._forward_over_reverse:
@@ -115,6 +125,7 @@ class Hessian(GraphOperator):
         if wrong:
             raise ValueError(f"Hessian: an operation has no second derivative in torch: {error}") from error
         self._forward_over_reverse = True
+        self._columns = BlockPlan(1, "one by one: products are taken forward over reverse")
 
     def _difference(self, v: Tensor, step: float, key: MaskKey | None) -> Tensor:
         """Central difference of Σ∇s over the samples of the probes."""
@@ -146,13 +157,17 @@ class _Gradients:
 
     gradients: tuple[Tensor, ...]
 
-    def product(self, parameters: Sequence[Tensor], vs: Sequence[Tensor], *, keep: bool) -> tuple[Tensor, ...] | None:
+    def product(
+        self, parameters: Sequence[Tensor], vs: Sequence[Tensor], *, keep: bool, batched: bool = False
+    ) -> tuple[Tensor, ...] | None:
         """Return ∇⟨∇R_b, v⟩; None if no gradient depends on θ."""
         pairs = [(g, v) for g, v in zip(self.gradients, vs, strict=True) if g.requires_grad]
         if not pairs:
             return None
         gradients, directions = zip(*pairs, strict=True)
-        return torch.autograd.grad(gradients, parameters, directions, retain_graph=keep, materialize_grads=True)
+        return torch.autograd.grad(
+            gradients, parameters, directions, retain_graph=keep, materialize_grads=True, is_grads_batched=batched
+        )
 
 
 def refuse_dead_ends(gradients: Sequence[Tensor]) -> None:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from dropscope import _files
 from dropscope.estimate import Estimate
+from dropscope.memory import free_bytes
 from dropscope.operators.base import SymmetricOperator
 from dropscope.spectral.checks import check_count, check_operator, check_seed
 from dropscope.spectral.krylov import Krylov
@@ -151,8 +152,9 @@ def spectral_density(
 ) -> SpectralDensity:
     """Density of all eigenvalues of A: one Lanczos run of ``steps`` products from each of ``probes`` random vectors.
 
-    The basis stays orthogonal (no ghosts: an isolated eigenvalue is one node) and its coefficients are float64. Memory:
-    steps + 1 vectors. A run whose Krylov space closes has fewer nodes, and is then exact for its probe.
+    The basis stays orthogonal (no ghosts: an isolated eigenvalue is one node) and its coefficients are float64. Where
+    the operator gains by taking vectors together (``A.block``), that many runs go in lockstep. Memory: steps + 1
+    vectors for each of them. A run whose Krylov space closes has fewer nodes, and is then exact for its probe.
 
     Args:
         A: the operator, float32 or float64.
@@ -178,20 +180,40 @@ def spectral_density(
     check_count("spectral_density", "steps", steps, 1)
     check_seed("spectral_density", seed)
     steps = min(steps, A.dim)
-    krylov = Krylov(A, steps, seed=seed, full=A.dtype == torch.float64)
+    width = _lockstep(A, probes, steps)
+    runs = [
+        Krylov(A, steps, seed=seed, full=A.dtype == torch.float64, function="spectral_density") for _ in range(width)
+    ]
     nodes, weights = torch.zeros(2, probes, steps, dtype=torch.float64)
     with tqdm(total=probes * steps, unit="product", desc="spectral density", disable=not progress) as bar:
-        for p in range(probes):
-            krylov.start(p, "rademacher")
-            while krylov.size < steps and not krylov.broke:
-                krylov.advance()
-                bar.update()
-            size = krylov.size
-            theta, S = torch.linalg.eigh(krylov.T[:size, :size])
-            nodes[p, :size], nodes[p, size:], weights[p, :size] = theta, theta[-1], S[0].square()
-            bar.update(steps - size)
-            bar.set_postfix_str(repr(mean_estimate((weights * nodes).sum(1)[: p + 1])))
-    return SpectralDensity(nodes, weights, A.dim, krylov.steps)
+        for first in range(0, probes, width):
+            together = runs[: probes - first]
+            for p, krylov in enumerate(together, first):
+                krylov.start(p, "rademacher")
+            while active := [krylov for krylov in together if krylov.size < steps and not krylov.broke]:
+                if len(active) == 1:
+                    active[0].advance()
+                else:
+                    images = active[0].product(torch.stack([krylov.basis[krylov.size] for krylov in active], 1))
+                    for krylov, image in zip(active, images.unbind(1), strict=True):
+                        krylov.extend(image)
+                bar.update(len(active))
+            for p, krylov in enumerate(together, first):
+                size = krylov.size
+                theta, S = torch.linalg.eigh(krylov.T[:size, :size])
+                nodes[p, :size], nodes[p, size:], weights[p, :size] = theta, theta[-1], S[0].square()
+                bar.update(steps - size)
+            bar.set_postfix_str(repr(mean_estimate((weights * nodes).sum(1)[: first + len(together)])))
+    matvecs = sum(krylov.steps for krylov in runs)
+    return SpectralDensity(nodes, weights, A.dim, matvecs)
+
+
+def _lockstep(A: SymmetricOperator, probes: int, steps: int) -> int:
+    """Probes that go through the operator together: as many as it gains by, while their bases fit in free memory."""
+    if probes == 1 or steps == 1 or (width := min(probes, A.block)) == 1:
+        return 1
+    basis = (steps + 1) * A.dim * torch.finfo(A.dtype).bits // 8
+    return max(1, min(width, int(free_bytes(A.device) // 4 // basis)))
 
 
 def mean_estimate(values: Tensor) -> Estimate:
