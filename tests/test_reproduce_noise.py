@@ -12,7 +12,7 @@ from dropscope._files import plain
 from dropscope.reproduce import Scale, a_alignment, a_exact, a_flatness, a_trajectory, ab_transformer, b_minima
 
 TINY = {
-    a_flatness: {"seeds": 2, "n": 40, "steps": 3, "count": 12, "k": 4},
+    a_flatness: {"seeds": 2, "n": 60, "steps": 3, "count": 12, "k": 4},
     a_trajectory: {"seeds": 2, "n": 40, "steps": 3, "count": 12, "runs": 2, "k": 4},
     a_alignment: {"seeds": 2, "n": 40, "at": (1, 3), "k": 3, "draws": 4},
     a_exact: {"seeds": 2, "widths": (2, 4), "n": 3},
