@@ -72,7 +72,7 @@ def explicit_and_implicit(
         return penalty / form.total, scale * noise / form.total
     first = sites.halves(key)
     mine = first[form.rows(sites)]
-    score = torch.where(mine, form.sampled(labels_seed(key), key.draw), form.losses())
+    score = form.either(mine, labels_seed(key), key.draw)
     return _parted(sites, score.sum(), first, key, coefficient, scale, form.total)
 
 

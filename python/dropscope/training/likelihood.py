@@ -42,6 +42,10 @@ class Likelihood:
     def sampled(self, seed: int, draw: int) -> Tensor:
         """sₜ for every element, random with E ∇sₜ = 0 and E ∇sₜ ∇sₜᵀ = wₜ ∂²ℓₜ/∂F², ∇ with respect to the output F."""
 
+    def either(self, mine: Tensor, seed: int, draw: int) -> Tensor:
+        """:meth:`sampled` at the elements of ``mine``, :meth:`losses` at the others."""
+        return torch.where(mine, self.sampled(seed, draw), self.losses())
+
     @abstractmethod
     def columns(self) -> Iterator[tuple[Tensor, Tensor]]:
         """sₜ of one column at a time with the factor of its square: Σ factorₜ ∇sₜ ∇sₜᵀ = wₜ ∂²ℓₜ/∂F² exactly."""
@@ -101,13 +105,22 @@ class _Categorical(Likelihood):
         return -self.weights * self._at(torch.where(self.counted, self.labels, 0))
 
     def sampled(self, seed: int, draw: int) -> Tensor:
+        return self.weights.sqrt() * self._at(self._drawn(seed, draw))
+
+    def either(self, mine: Tensor, seed: int, draw: int) -> Tensor:
+        """One look-up for both: every further one would write an array of the size of the logits, twice."""
+        if self.labels is None:
+            return super().either(mine, seed, draw)
+        labels = torch.where(mine, self._drawn(seed, draw), torch.where(self.counted, self.labels, 0))
+        return torch.where(mine, self.weights.sqrt(), -self.weights) * self._at(labels)
+
+    def _drawn(self, seed: int, draw: int) -> Tensor:
         log = self.log
         with torch.no_grad():
             cumulated = log.exp().cumsum(-1)
             u = uniform(self.shape.numel(), seed, draw, cumulated).view(*self.shape, 1)
             drawn = torch.searchsorted(cumulated, u * cumulated[..., -1:], right=True)[..., 0]
-            drawn = drawn.clamp_(max=cumulated.shape[-1] - 1)
-        return self.weights.sqrt() * self._at(drawn)
+            return drawn.clamp_(max=cumulated.shape[-1] - 1)
 
     def columns(self) -> Iterator[tuple[Tensor, Tensor]]:
         for k in range(self.logits.shape[-1]):
