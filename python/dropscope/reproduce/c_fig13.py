@@ -90,7 +90,7 @@ ENTRY = Entry(
     paper="C",
     place="Fig. 13",
     title="which of L1 to L4 matter: R1 is the useful term",
-    minutes=4.0,
+    minutes=3.0,
     run=run,
     plot=plot,
 )

@@ -86,7 +86,7 @@ ENTRY = Entry(
     paper="C",
     place="Fig. 14",
     title="barriers between the solutions of L1 to L4",
-    minutes=4.0,
+    minutes=3.0,
     run=run,
     plot=plot,
 )

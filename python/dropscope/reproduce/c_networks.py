@@ -46,7 +46,7 @@ class Setting:
 
 SMALL = Setting(100, 200, 0.32, 0.05, 3600, 3)
 # The gradient norm counts by the learning rate: at SMALL's it is no longer a small correction, and −R̃2 diverges.
-GENTLE = Setting(100, 200, 0.32, 0.02, 8000, 3)
+GENTLE = Setting(100, 200, 0.32, 0.02, 5400, 3)
 FULL = Setting(1000, 1000, 0.5, 5e-3, 100_000, 5)
 
 
