@@ -58,7 +58,7 @@ def test_between_two_solutions_the_ends_are_theirs_and_the_barrier_is_the_rise()
     assert float(by_state.losses[0, 1]) == pytest.approx(float(line.losses[0, 5]), rel=1e-12)
     chord = torch.lerp(line.losses[0, 0], line.losses[0, -1], line.alphas)
     assert line.barrier == pytest.approx(max(0.0, float((line.losses[0] - chord).max())))
-    assert ds.loss_line(problem, between=other.model).barrier == pytest.approx(line.barrier, rel=0.1)
+    assert ds.loss_line(problem, between=other.model).barrier >= line.barrier - 1e-12  # on a finer grid
     assert math.isnan(ds.loss_line(problem, alphas=[0.0, 1.0]).barrier)
 
 
