@@ -55,13 +55,19 @@ def _run(scale: Scale, seeds: int, n: int, steps: int, count: int, runs: int, k:
                     "variance": [v.value for v in got.variances],
                     "slope": got.law.slope.value,
                     "r": got.law.r,
-                    "spread": float(np.ptp(np.log(got.flatness.flatness.numpy()))),
+                    "spread": _spread(got.flatness.flatness.numpy()),
                     "status": rows.status,
                     "drift": rows.drift,
                 }
             )
     setting = f"{data[0].shape[1]}-50-50-10, {name}, block {BLOCK}, {runs} runs of {count} steps, {k} directions"
     return Findings(_claims(numbers), numbers, f"{setting}, {seeds} seeds")
+
+
+def _spread(flatness: Any) -> float:
+    """Range of ln F over the directions in which the loss reaches the level."""
+    finite = flatness[np.isfinite(flatness)]
+    return float(np.ptp(np.log(finite))) if len(finite) else 0.0
 
 
 def _claims(numbers: Mapping[str, Any]) -> tuple[Claim, ...]:
