@@ -110,9 +110,7 @@ def loss_line(
     if isinstance(lines, bool) or not isinstance(lines, int) or lines < 1:
         raise ValueError(f"loss_line: lines must be an int >= 1, got {lines!r}")
     if alphas is None:
-        alphas = torch.linspace(
-            *((-0.5, 1.5) if between is not None else (-1.0, 1.0)), 41, dtype=torch.float64
-        ).tolist()
+        alphas = [i / 20 for i in (range(-20, 21) if between is None else range(-10, 31))]  # 0 and 1 exactly
     points = torch.as_tensor([float(a) for a in alphas], dtype=torch.float64)
     if points.ndim != 1 or not len(points) or not bool(torch.isfinite(points).all()):
         raise ValueError(f"loss_line: alphas must be finite numbers, got {list(alphas)}")

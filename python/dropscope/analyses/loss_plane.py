@@ -81,9 +81,7 @@ def loss_plane(
     if not isinstance(problem, Problem):
         raise TypeError(f"loss_plane: problem must be a Problem, got {type(problem).__name__}")
     if alphas is None:
-        alphas = torch.linspace(
-            *((-0.5, 1.5) if between is not None else (-1.0, 1.0)), 21, dtype=torch.float64
-        ).tolist()
+        alphas = [i / 10 for i in (range(-10, 11) if between is None else range(-5, 16))]  # 0 and 1 exactly
     a = torch.as_tensor([float(x) for x in alphas], dtype=torch.float64)
     b = a if betas is None else torch.as_tensor([float(x) for x in betas], dtype=torch.float64)
     for name, points in (("alphas", a), ("betas", b)):
