@@ -225,7 +225,7 @@ def projection(name: str, n: int | None = None) -> Contest:
             return torch.cat([g.flatten(1) for g in gradients], 1).double() @ Vt.T.double()
 
         note = held(lambda: exact(net, job))(answers)
-        return note + "; TRAK's CudaProjector: " + tools.refuses(cuda_projector, ModuleNotFoundError, "fast_jl")
+        return note + "; TRAK's CudaProjector: " + tools.refuses(cuda_projector, ValueError, "only works on a CUDA device")
 
     def cuda_projector() -> Any:
         from trak.projectors import CudaProjector
