@@ -113,25 +113,25 @@ def lanczos_runs() -> dict[str, Any]:
     return runs
 
 
-def average_reads(A: SymmetricOperator) -> float:
-    """Rows of the basis that orthogonalisation read in a run, over the rows that the basis had at its steps."""
-    read = rows = 0
+def average_reads(A: SymmetricOperator) -> tuple[float, float]:
+    """Reads of the basis a step of a Lanczos run that keep it orthogonal, and all that its steps read, in bases."""
     orthogonalize, advance = kernels.orthogonalize, Krylov.advance
+    calls: list[list[tuple[int, int]]] = []  # rows and reads, a list a step: the recurrence's call comes first
 
     def counted(Q: torch.Tensor, w: torch.Tensor, *, force: bool = False) -> Any:
-        nonlocal read
         answer = orthogonalize(Q, w, force=force)
-        read += answer[2] * len(Q)
+        calls[-1].append((len(Q), answer[2]))
         return answer
 
     def step(krylov: Krylov) -> None:
-        nonlocal rows
+        calls.append([])
         advance(krylov)
-        rows += krylov.size
 
     with mock.patch.object(kernels, "orthogonalize", counted), mock.patch.object(Krylov, "advance", step):
         assert eigsh(A, 10, tol=1e-3, basis=25).status is EigenStatus.CONVERGED
-    return read / rows
+    restoring = sum(reads for of_step in calls for _, reads in of_step[1:]) / len(calls)
+    rows = sum(of_step[-1][0] for of_step in calls)
+    return restoring, sum(n * reads for of_step in calls for n, reads in of_step) / rows
 
 
 @contest("reads of the basis a Lanczos step, top 10 pairs to 1e-3, basis of 25", rounds=1)
@@ -143,9 +143,10 @@ def reads_a_step() -> Contest:
 
     def check(_: Mapping[str, Any]) -> str:
         averages = {name: average_reads(A) for name, A in runs.items()}
-        mean = sum(averages.values()) / len(averages)
-        assert 1.0 <= mean <= 1.6
-        return f"{mean:.2f} on average: " + ", ".join(f"{name} {a:.2f}" for name, a in averages.items())
+        mean, whole = (sum(column) / len(averages) for column in zip(*averages.values(), strict=True))
+        verdict = "met" if mean <= 1.6 else "missed"
+        each = ", ".join(f"{name} {restoring:.2f}" for name, (restoring, _) in averages.items())
+        return f"{mean:.2f} to stay orthogonal (asked 1.3 to 1.6: {verdict}; {each}), {whole:.2f} with the recurrence"
 
     return Contest(ours, check)
 
