@@ -224,8 +224,8 @@ def projection(name: str, n: int | None = None) -> Contest:
         def job(gradients: list[Tensor]) -> Tensor:
             return torch.cat([g.flatten(1) for g in gradients], 1).double() @ Vt.T.double()
 
-        note = held(lambda: exact(net, job))(answers)
-        return note + "; TRAK's CudaProjector: " + tools.refuses(cuda_projector, ValueError, "only works on a CUDA device")
+        refusal = tools.refuses(cuda_projector, ValueError, "only works on a CUDA device")
+        return f"{held(lambda: exact(net, job))(answers)}; TRAK's CudaProjector: {refusal}"
 
     def cuda_projector() -> Any:
         from trak.projectors import CudaProjector
