@@ -89,7 +89,7 @@ bool built();
 const Kernels& kernels();
 }  // namespace cuda
 
-// One set per instruction set, defined in cpu/*.cpp.
+// One set per instruction set, defined in cpu/*.cpp, and one in cuda/*.cu.
 #define DROPSCOPE_DECLARE_ISA(name)      \
   namespace name {                       \
   extern const MaskKernels masks;        \
@@ -99,6 +99,7 @@ const Kernels& kernels();
 DROPSCOPE_DECLARE_ISA(generic)
 DROPSCOPE_DECLARE_ISA(avx2)
 DROPSCOPE_DECLARE_ISA(avx512)
+DROPSCOPE_DECLARE_ISA(cuda)
 #undef DROPSCOPE_DECLARE_ISA
 
 }  // namespace dropscope

@@ -1,156 +1,85 @@
-// Dropout masks, format 1, on CUDA: the bits of the CPU. A thread makes one counter and uses its eight units.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include "cuda/launch.cuh"
-#include "kernels.hpp"
-#include "philox.hpp"
+// Dropout masks, format 1, on CUDA: the bits of the CPU.
+#include "cuda/counters.cuh"
 
 namespace dropscope {
 namespace {
 
-__device__ inline float widen(float x) { return x; }
-__device__ inline double widen(double x) { return x; }
-__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float widen(__half x) { return __half2float(x); }
-
-__device__ inline void narrow(float x, float& to) { to = x; }
-__device__ inline void narrow(double x, double& to) { to = x; }
-__device__ inline void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
-__device__ inline void narrow(float x, __half& to) { to = __float2half_rn(x); }
-
-template <class T>
-struct Wide {
-  using type = float;
-};
-template <>
-struct Wide<double> {
-  using type = double;
-};
-
-template <class T>
-struct alignas(16) Eight {
-  T x[8];
-};
-
-// A position (row, block) that strides over all counters with one division, on the host.
-struct Walk {
-  int64_t total, blocks, row_step, block_step;
-
-  __device__ int64_t first() const { return blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; }
-  __device__ int64_t stride() const { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
-  __device__ void advance(int64_t& row, int64_t& block) const {
-    row += row_step;
-    block += block_step;
-    if (block >= blocks) block -= blocks, ++row;
-  }
-};
-
-Walk walk(int64_t rows, int64_t units, unsigned grid) {
-  const int64_t blocks = (units + 7) / 8, stride = static_cast<int64_t>(grid) * threads_per_block;
-  return {rows * blocks, blocks, stride / blocks, stride % blocks};
-}
-
-// x: (rows, units) with row stride x_stride; out likewise. `vector`: rows start at multiples of 16 bytes.
-template <class T>
-__global__ void apply_kernel(const T* x, int64_t x_stride, T* out, int64_t out_stride, int64_t units,
-                             bool vector, typename Wide<T>::type scale, MaskSource source, Walk walk) {
+// out = x o mask * scale, V elements a load; a lane makes two counters before it stores where
+// one asks for a single load.
+template <class T, int V>
+__global__ void __launch_bounds__(threads_per_block, V == 8 ? 4 : 3)
+    apply_kernel(const T* x, int64_t x_stride, T* out, int64_t out_stride, int64_t units, Wide<T> scale,
+                 MaskSource source, Walk walk) {
+  constexpr int rounds = V == 8 ? 2 : 1;
+  constexpr int vectors = 8 / V;
   const PhiloxKey key(source.seed, source.site);
-  const T zero{};
-  int64_t i = walk.first();
-  int64_t row = i / walk.blocks, block = i - row * walk.blocks;
-  for (; i < walk.total; i += walk.stride(), walk.advance(row, block)) {
-    const uint32_t bits =
-        keep_bits(philox(static_cast<uint32_t>(block), static_cast<uint64_t>(source.streams[row]), key),
-                  source.threshold);
-    const T* from = x + row * x_stride + block * 8;
-    T* to = out + row * out_stride + block * 8;
-    const int64_t count = units - block * 8;
-    if (vector && count >= 8) {
-      Eight<T> eight = *reinterpret_cast<const Eight<T>*>(from);
+  const int lane = threadIdx.x % 32;
+  int64_t i = global_thread();
+  Place place(i, walk);
+  while (i - lane < walk.total) {  // a warp stays together
+    Pack<T, V> packs[rounds][vectors];
+    int64_t to[rounds][vectors];
+    int left[rounds][vectors];
+    uint64_t stream[rounds];
+    uint32_t block[rounds];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        narrow(widen(eight.x[j]) * scale, eight.x[j]);
-        if (!(bits >> j & 1)) eight.x[j] = zero;
+    for (int r = 0; r < rounds; ++r, i += walk.stride, place.advance(walk)) {
+      const bool active = i < walk.total;
+      const int64_t unit = place.col * 8, rest = active ? units - unit : 0;
+      const int count = rest < 8 ? static_cast<int>(rest) : 8;
+      block[r] = static_cast<uint32_t>(place.col);
+      stream[r] = active ? static_cast<uint64_t>(source.streams[place.row]) : 0;
+#pragma unroll
+      for (int k = 0; k < vectors; ++k) {
+        const Share<V> share(k);
+        const int64_t from = share.of(place.row * x_stride + unit) + share.unit;
+        to[r][k] = share.of(place.row * out_stride + unit) + share.unit;
+        left[r][k] = share.of(count) - share.unit;
+        if (left[r][k] > 0) packs[r][k] = load<V>(x + from, left[r][k]);
       }
-      *reinterpret_cast<Eight<T>*>(to) = eight;
-    } else {
-      for (int j = 0; j < 8 && j < count; ++j) {
-        T product;
-        narrow(widen(from[j]) * scale, product);
-        to[j] = bits >> j & 1 ? product : zero;
+    }
+#pragma unroll
+    for (int r = 0; r < rounds; ++r) {
+      const uint32_t bits = keep_bits(philox(block[r], stream[r], key), source.threshold);
+#pragma unroll
+      for (int k = 0; k < vectors; ++k) {
+        const Share<V> share(k);
+        const uint32_t mine = share.of(bits) >> share.unit;
+        Pack<T, V> result;
+#pragma unroll
+        for (int e = 0; e < V; ++e)
+          result.x[e] = mine >> e & 1 ? narrow<Wide<T>, T>(widen(packs[r][k].x[e]) * scale) : T{};
+        if (left[r][k] > 0) store<V>(out + to[r][k], left[r][k], result);
       }
     }
   }
-}
-
-template <class T>
-bool starts_aligned(const void* data, int64_t rows, int64_t stride) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && (rows <= 1 || stride * sizeof(T) % 16 == 0);
 }
 
 template <class T>
 void apply(ConstMatrix x, Matrix out, MaskSource source, void* stream) {
-  const auto scale = static_cast<typename Wide<T>::type>(65536.0 / source.threshold);
-  const unsigned grid = blocks_for(x.rows * ((x.cols + 7) / 8));
-  const bool vector =
-      starts_aligned<T>(x.data, x.rows, x.stride) && starts_aligned<T>(out.data, x.rows, out.stride);
-  apply_kernel<T><<<grid, threads_per_block, 0, stream_of(stream)>>>(
-      static_cast<const T*>(x.data), x.stride, static_cast<T*>(out.data), out.stride, x.cols, vector, scale,
-      source, walk(x.rows, x.cols, grid));
-  check_launch("apply_mask");
+  const auto scale = static_cast<Wide<T>>(65536.0 / source.threshold);
+  const unsigned grid = blocks_for(x.rows * divide_up(x.cols, 8));
+  by_width<widest_of<T>>(alignment_of(x) | alignment_of(out), [&](auto width) {
+    launch("apply_mask", stream, grid, apply_kernel<T, decltype(width)::value>, static_cast<const T*>(x.data),
+           x.stride, static_cast<T*>(out.data), out.stride, x.cols, scale, source,
+           counters(x.rows, x.cols, grid));
+  });
 }
 
 void apply_mask(ConstMatrix x, Matrix out, MaskSource source, Launch launch) {
   if (x.rows == 0 || x.cols == 0) return;
-  switch (x.dtype) {
-    case DType::f32:
-      return apply<float>(x, out, source, launch.stream);
-    case DType::f64:
-      return apply<double>(x, out, source, launch.stream);
-    case DType::bf16:
-      return apply<__nv_bfloat16>(x, out, source, launch.stream);
-    case DType::f16:
-      return apply<__half>(x, out, source, launch.stream);
-  }
-}
-
-__global__ void keep_kernel(uint8_t* out, int64_t units, MaskSource source, Walk walk) {
-  const PhiloxKey key(source.seed, source.site);
-  int64_t i = walk.first();
-  int64_t row = i / walk.blocks, block = i - row * walk.blocks;
-  for (; i < walk.total; i += walk.stride(), walk.advance(row, block)) {
-    const uint32_t bits =
-        keep_bits(philox(static_cast<uint32_t>(block), static_cast<uint64_t>(source.streams[row]), key),
-                  source.threshold);
-    uint8_t* to = out + row * units + block * 8;
-    if (units % 8 == 0) {
-      *reinterpret_cast<uint64_t*>(to) = spread(bits);
-    } else {
-      for (int j = 0; j < 8 && block * 8 + j < units; ++j) to[j] = bits >> j & 1;
-    }
-  }
+  if (x.dtype == DType::f16) return apply<__half>(x, out, source, launch.stream);
+  by_dtype(x.dtype, [&](auto type) { apply<decltype(type)>(x, out, source, launch.stream); });
 }
 
 void keep_mask(uint8_t* out, int64_t rows, int64_t units, MaskSource source, Launch launch) {
-  if (rows == 0 || units == 0) return;
-  const unsigned grid = blocks_for(rows * ((units + 7) / 8));
-  keep_kernel<<<grid, threads_per_block, 0, stream_of(launch.stream)>>>(out, units, source,
-                                                                        walk(rows, units, grid));
-  check_launch("keep_mask");
+  fill<uint8_t>("keep_mask", out, rows, units, 1, 0, source, 0, launch.stream);
 }
 
 }  // namespace
 
 namespace cuda {
-
-bool built() { return true; }
-
-const Kernels& kernels() {
-  static const Kernels table{{apply_mask, keep_mask}, {}, {}};
-  return table;
+const MaskKernels masks{apply_mask, keep_mask};
 }
-
-}  // namespace cuda
 
 }  // namespace dropscope
