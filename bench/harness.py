@@ -24,6 +24,14 @@ class Unavailable(Exception):  # noqa: N818  (nothing went wrong)
     """Raised while a contest is built that this machine cannot run: the contest is skipped, with the reason."""
 
 
+def wall_clock(call: Callable[[], Any], repeats: int) -> tuple[float, Any]:
+    """Seconds per call, and the answer of the last."""
+    start = time.perf_counter()
+    for _ in range(repeats):
+        answer = call()
+    return (time.perf_counter() - start) / repeats, answer
+
+
 @dataclass(frozen=True)
 class Contest:
     """What one benchmark runs.
@@ -36,6 +44,8 @@ class Contest:
         check: gets {"ours" or name: answer of the last round}; raises AssertionError where an answer is wrong; may
             return a note for the table. A benchmark without a check is refused.
         once: names that are too slow for every round and run a single time.
+        clock: runs a callable so many times, at least once; seconds per call, and the last answer. Work that a device
+            does while the host goes on needs a clock of the device's.
     """
 
     ours: Callable[[], Any]
@@ -43,6 +53,7 @@ class Contest:
     competitors: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
     ceiling: tuple[str, Callable[[], Any]] | None = None
     once: tuple[str, ...] = ()
+    clock: Callable[[Callable[[], Any], int], tuple[float, Any]] = wall_clock
 
     def callables(self) -> dict[str, Callable[[], Any]]:
         calls = {"ours": self.ours, **self.competitors}
@@ -134,9 +145,7 @@ def time_in_turn(trial: Contest, rounds: int) -> Timings:
     repeats: dict[str, int] = {}
     for name, call in calls.items():  # the first call warms caches and sets how many calls make a sample
         try:
-            start = time.perf_counter()
-            found.answers[name] = call()
-            first = time.perf_counter() - start
+            first, found.answers[name] = trial.clock(call, 1)
         except Exception as error:
             if name not in trial.competitors:
                 raise
@@ -146,19 +155,14 @@ def time_in_turn(trial: Contest, rounds: int) -> Timings:
         if name in trial.once:
             found.seconds[name].append(first)
             continue
-        start = time.perf_counter()
         if first < MIN_SAMPLE_SECONDS:
-            call()
-            first = time.perf_counter() - start
+            first, _ = trial.clock(call, 1)
         repeats[name] = max(1, int(MIN_SAMPLE_SECONDS / max(first, 1e-7)))
     order = list(repeats)
     for turn in range(rounds):
         for name in order if turn % 2 == 0 else order[::-1]:
-            call = calls[name]
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                found.answers[name] = call()
-            found.seconds[name].append((time.perf_counter() - start) / repeats[name])
+            seconds, found.answers[name] = trial.clock(calls[name], repeats[name])
+            found.seconds[name].append(seconds)
     return found
 
 

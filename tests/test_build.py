@@ -136,13 +136,11 @@ def test_the_module_needs_no_cuda_driver():
     assert not any(name in libraries for name in ("libcuda", "libtorch", "libc10", "not found"))
 
 
-def test_a_kernel_that_a_device_lacks_is_named():
-    if _core.cuda_built():
-        with pytest.raises(RuntimeError, match="rotate: there is no kernel for this device"):
-            _core.rotate(1, (8, 0, 1, 1, 1), 8, 1, 0)
-    else:
-        with pytest.raises(RuntimeError, match="built without CUDA"):
-            _core.keep_mask(1, 0, 0, 0, 0, 0, 0, 1, 0)
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a device, and its memory would be overwritten")
+def test_a_device_that_is_not_there_is_told():
+    rule = "rotate: " if _core.cuda_built() else "built without CUDA"
+    with pytest.raises(RuntimeError, match=rule):
+        _core.rotate(1, (8, 0, 1, 1, 1), 8, 1, 0)
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ void row_dots(ConstMatrix P, ConstMatrix B, Matrix out, int64_t group, int64_t s
   by_types(B.dtype, out.dtype, [&](auto type, auto sums) {
     using T = decltype(type);
     using Out = decltype(sums);
-    by_width<widest_of<T>>(alignment, [&](auto width) {
+    by_widest<widest_of<T>>(alignment, [&](auto width) {
       constexpr int V = decltype(width)::value;
       const int team = team_of(divide_up(B.cols, V));
       const unsigned grid = blocks_for(out.rows * out.cols * team);
@@ -109,7 +109,7 @@ void scale_rows(ConstMatrix B, ConstMatrix S, Matrix out, int64_t group, int64_t
   if (out.rows == 0 || out.cols == 0) return;
   by_dtype(B.dtype, [&](auto type) {
     using T = decltype(type);
-    by_width<widest_of<T>>(alignment_of(B) | alignment_of(out) | (S.cols > 1 ? B.cols : 0), [&](auto width) {
+    by_widest<widest_of<T>>(alignment_of(B) | alignment_of(out) | (S.cols > 1 ? B.cols : 0), [&](auto width) {
       constexpr int V = decltype(width)::value;
       const int64_t vectors = divide_up(B.cols, V);
       const unsigned grid = blocks_for(out.rows * S.cols * vectors);
@@ -245,11 +245,11 @@ void hadamard(Hadamard h, Matrix out, Matrix mirror, Launch to) {
     const bool vector_p = h.P.data && h.col_group == 1;
     const int64_t tile_cols = divide_up(out.cols, tile), number = divide_up(out.rows, tile) * tile_cols;
     const unsigned grid = static_cast<unsigned>(number < (1 << 20) ? number : 1 << 20);
-    by_width<widest>(alignment_of(h.Q) | alignment_of(out) | (vector_p ? alignment_of(h.P) : 0),
-                     [&](auto width) {
-                       launch("hadamard", to.stream, grid, hadamard_kernel<T, Out, decltype(width)::value>,
-                              tiles, vector_p, tile_cols, number);
-                     });
+    by_widest<widest>(alignment_of(h.Q) | alignment_of(out) | (vector_p ? alignment_of(h.P) : 0),
+                      [&](auto width) {
+                        launch("hadamard", to.stream, grid, hadamard_kernel<T, Out, decltype(width)::value>,
+                               tiles, vector_p, tile_cols, number);
+                      });
   });
 }
 
@@ -281,7 +281,7 @@ void center(Matrix X, int64_t draws, double scale, Launch to) {
   if (X.rows == 0 || X.cols == 0) return;
   const auto run = [&](auto type) {
     using T = decltype(type);
-    by_width<widest_of<T>>(alignment_of(X), [&](auto width) {
+    by_widest<widest_of<T>>(alignment_of(X), [&](auto width) {
       constexpr int V = decltype(width)::value;
       const int64_t samples = X.rows / draws, vectors = divide_up(X.cols, V);
       const unsigned grid = blocks_for(samples * vectors);

@@ -225,7 +225,7 @@ void orthogonalize(ConstMatrix Q, Matrix w, bool force, double* result, double* 
         launch(name, to.stream, along, remove_kernel<Real, TQ, T, W>, basis, Q.stride, m, vector, dim, force,
                result, scratch);
       };
-      aligned ? passes(std::integral_constant<int, V>{}) : passes(std::integral_constant<int, 1>{});
+      by_widest<V>(aligned ? V : 1, passes);
     });
   });
   launch(name, to.stream, dim3(1), finish_kernel, scratch, blocks, m, force, result);
@@ -281,7 +281,7 @@ void rotate(Matrix Q, const double* S, int64_t k, Launch to) {
     while (cols > 2 && cols * Q.rows * static_cast<int64_t>(sizeof(T)) > tile_bytes) cols /= 2;
     const int64_t tiles = divide_up(Q.cols, cols);
     const unsigned grid = static_cast<unsigned>(tiles < (1 << 14) ? tiles : 1 << 14);
-    by_width<widest_of<T>>(alignment_of(Q) | cols, [&](auto width) {
+    by_widest<widest_of<T>>(alignment_of(Q) | cols, [&](auto width) {
       launch("rotate", to.stream, grid, rotate_kernel<T, decltype(width)::value>, static_cast<T*>(Q.data),
              Q.stride, static_cast<int>(Q.rows), Q.cols, S, static_cast<int>(k), cols);
     });
@@ -323,7 +323,7 @@ void probe(Matrix out, uint64_t stream, uint64_t seed, uint64_t site, bool norma
       return fill<T>("probe", data, 1, out.cols, static_cast<T>(1.0f), static_cast<T>(-1.0f), source, stream,
                      to.stream);
     }
-    by_width<(widest_of<T> < 4 ? widest_of<T> : 4)>(alignment_of(out), [&](auto width) {
+    by_widest<(widest_of<T> < 4 ? widest_of<T> : 4)>(alignment_of(out), [&](auto width) {
       launch("probe", to.stream, blocks_for(divide_up(out.cols, 4)), normal_kernel<T, decltype(width)::value>,
              data, out.cols, stream, PhiloxKey(seed, site));
     });

@@ -81,6 +81,12 @@ void by_width(int64_t alignment, const F& f) {
   f(std::integral_constant<int, widest>{});
 }
 
+// The same with V = widest or 1 alone, where a width between them would not pay for its compilation.
+template <int widest, class F>
+void by_widest(int64_t alignment, const F& f) {
+  alignment % widest ? f(std::integral_constant<int, 1>{}) : f(std::integral_constant<int, widest>{});
+}
+
 template <class T>
 constexpr int widest_of = 16 / sizeof(T);
 

@@ -40,7 +40,8 @@ bool any(bool mine);
 }  // namespace emulation
 
 template <class... Parameters, class... Args>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Args&&... args) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Args&&... args) {
   return emulation::run(*config, [&] { kernel(args...); });
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }

@@ -1,5 +1,6 @@
 // Threads as contexts that a scheduler runs in a random order from barrier to barrier, so that a result that
-// needs an order which no barrier makes comes out differently from run to run. DROPSCOPE_EMULATION_SEED sets it.
+// needs an order which no barrier makes comes out differently from run to run. DROPSCOPE_EMULATION_SEED sets
+// it.
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -124,7 +125,8 @@ cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& k
   fibers.resize(threads.x);
   stacks.resize(threads.x);
   for (auto& stack : stacks) stack.resize(stack_bytes);
-  static std::mt19937 random(std::getenv("DROPSCOPE_EMULATION_SEED") ? std::atoi(std::getenv("DROPSCOPE_EMULATION_SEED")) : 0);
+  static std::mt19937 random(
+      std::getenv("DROPSCOPE_EMULATION_SEED") ? std::atoi(std::getenv("DROPSCOPE_EMULATION_SEED")) : 0);
   std::vector<unsigned> blocks(size_t{grid.x} * grid.y);
   std::iota(blocks.begin(), blocks.end(), 0u);
   std::shuffle(blocks.begin(), blocks.end(), random);

@@ -43,14 +43,14 @@ def plain(*tensors: Tensor) -> bool:
     return True
 
 
-def device_of(*tensors: Tensor, cuda_kernel: bool = False) -> int | None:
+def device_of(*tensors: Tensor) -> int | None:
     """CPU or CUDA when a compiled kernel can serve these tensors, which share a device; None for the reference."""
     kind = tensors[0].device.type
     if any(x.device != tensors[0].device for x in tensors[1:]):
         return None
     if kind == "cpu":
         return CPU if plain(*tensors) else None
-    if kind == "cuda" and cuda_kernel and _core.cuda_built():
+    if kind == "cuda" and _core.cuda_built():
         return CUDA if plain(*tensors) else None
     return None
 

@@ -1,18 +1,26 @@
-"""Row tiles of torch's products with our passes around them, on plain CPU tensors of the factors' dtypes."""
+"""Row tiles of torch's products with our passes around them, on plain tensors of the factors' dtypes."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from dropscope.kernels._launch import CPU, DTYPES, MatrixArgument, _core, contiguous_rows, matrix
+from dropscope.kernels._launch import CPU, CUDA, DTYPES, MatrixArgument, _core, contiguous_rows, launch, matrix, on
 from dropscope.kernels.products import add_product as add_product
 from dropscope.kernels.products import multiply as multiply
 from dropscope.kernels.products import multiply_into, native_bfloat16
 
 FACTOR_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 SUM_DTYPES = (torch.float32, torch.float64)
-_TILE_BYTES = 4 << 20
+# Bytes and rows of a product that stays in cache, and samples of a side of a Gram tile. A device's second cache holds
+# tens of megabytes, and its products need large shapes.
+_TILE_BYTES, _TILE_ROWS, _GRAM_SAMPLES = (
+    {"cpu": 4 << 20, "cuda": 32 << 20},
+    {"cpu": 2048, "cuda": 1 << 16},
+    {"cpu": 512, "cuda": 2048},
+)
 _NOTHING: MatrixArgument = (0, 0, 0, 0, 0)
 
 
@@ -22,16 +30,16 @@ def flat_rows(x: Tensor) -> Tensor:
     return rows if contiguous_rows(rows) else rows.contiguous()
 
 
-def product_dtype(dtype: torch.dtype) -> torch.dtype:
+def product_dtype(x: Tensor) -> torch.dtype:
     """Dtype that factors are multiplied in: bfloat16 in float32, tile by tile in cache, where the CPU has no units."""
-    return torch.float32 if dtype == torch.bfloat16 and not native_bfloat16() else dtype
+    return torch.float32 if x.dtype == torch.bfloat16 and not x.is_cuda and not native_bfloat16() else x.dtype
 
 
 class Workspace:
     """Memory that products of tiles share: fresh memory for each would cost its page faults again."""
 
-    def __init__(self, elements: int, dtype: torch.dtype) -> None:
-        self.memory = torch.empty(elements, dtype=dtype)
+    def __init__(self, elements: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.memory = torch.empty(elements, dtype=dtype, device=device)
 
     def multiply(self, a: Tensor, b: Tensor) -> Tensor:
         """The matrix product a b, gone when the next is made."""
@@ -42,10 +50,15 @@ class Workspace:
         return self.memory[: rows * cols].view(rows, cols)
 
 
-def tile_rows(width: int, itemsize: int, multiple: int = 1) -> int:
-    """Rows of a tile of this width that stays in cache: at most 2048, at least 256, a multiple of ``multiple``."""
-    rows = min(2048, max(256, _TILE_BYTES // max(1, width * itemsize)))
+def tile_rows(width: int, itemsize: int, device: torch.device, multiple: int = 1) -> int:
+    """Rows of a tile of this width that stays in the device's cache: at least 256, a multiple of ``multiple``."""
+    rows = min(_TILE_ROWS[device.type], max(256, _TILE_BYTES[device.type] // max(1, width * itemsize)))
     return max(1, rows // multiple) * multiple
+
+
+def gram_samples(like: Tensor) -> int:
+    """Rows of a side of a Gram tile on the device of ``like``."""
+    return _GRAM_SAMPLES[like.device.type]
 
 
 def even_tile(total: int, largest: int, multiple: int = 1) -> int:
@@ -54,14 +67,21 @@ def even_tile(total: int, largest: int, multiple: int = 1) -> int:
     return -(-total // (pieces * multiple)) * multiple
 
 
+def _run(kernel: Callable[..., None], x: Tensor, *arguments: object) -> None:
+    """Call a kernel on the device of x."""
+    device = CUDA if x.is_cuda else CPU
+    with on(device, x):
+        kernel(device, *arguments, launch(device, x))
+
+
 def row_dots(P: Tensor, B: Tensor, out: Tensor, group: int = 1, steps: int = 1) -> None:
     """out[i, k] += Σ_t ⟨P[(i // group)·steps + t, block k], B[i·steps + t]⟩, summed in float64."""
-    _core.row_dots(CPU, matrix(P), matrix(B), matrix(out), group, steps, torch.get_num_threads())
+    _run(_core.row_dots, out, matrix(P), matrix(B), matrix(out), group, steps)
 
 
 def scale_rows(B: Tensor, S: Tensor, out: Tensor, group: int = 1, steps: int = 1) -> Tensor:
     """out[i·steps + t, block k] = Σ_{m < group} S[i·group + m, k] B[(i·group + m)·steps + t]; out may be wider."""
-    _core.scale_rows(CPU, matrix(B), matrix(S), matrix(out), group, steps, torch.get_num_threads())
+    _run(_core.scale_rows, out, matrix(B), matrix(S), matrix(out), group, steps)
     return out
 
 
@@ -76,8 +96,9 @@ def hadamard(
     shift: float = 0.0,
 ) -> None:
     """out[i, j] += Σ_ts (P + shift) Q over the block (i, j), and mirror[j, i] likewise; P None stands for 1."""
-    _core.hadamard(
-        CPU,
+    _run(
+        _core.hadamard,
+        out,
         _NOTHING if P is None else matrix(P),
         matrix(Q),
         matrix(out),
@@ -85,7 +106,6 @@ def hadamard(
         *groups,
         *steps,
         shift,
-        torch.get_num_threads(),
     )
 
 
@@ -99,7 +119,7 @@ def add(total: Tensor, out: Tensor, mirror: Tensor | None = None) -> None:
 
 def center_rows(X: Tensor, draws: int, scale: float) -> None:
     """X[i·draws + m] ← scale (X[i·draws + m] − mean over m), in place."""
-    _core.center(CPU, matrix(X), draws, scale, torch.get_num_threads())
+    _run(_core.center, X, matrix(X), draws, scale)
 
 
 __all__ = [
@@ -112,6 +132,7 @@ __all__ = [
     "center_rows",
     "even_tile",
     "flat_rows",
+    "gram_samples",
     "hadamard",
     "multiply",
     "product_dtype",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dropscope import reference
 from dropscope.kernels import _tiles as tiles
-from dropscope.kernels._launch import CPU, contiguous_rows, device_of
+from dropscope.kernels._launch import contiguous_rows, device_of
 
 __all__ = ["accumulate", "center", "gram", "gram_sum", "project", "sq_norms"]
 
@@ -66,7 +66,7 @@ def _compiled(factors: tuple[Tensor, ...], others: tuple[Tensor, ...], sums: Ten
         return False
     if sums is not None and sums.dtype not in tiles.SUM_DTYPES:
         return False
-    return device_of(*factors, *others) == CPU
+    return device_of(*factors, *others) is not None
 
 
 def _group(A: Tensor, B: Tensor) -> int:
@@ -101,14 +101,14 @@ def project(A: Tensor, B: Tensor, V: Tensor, out: Tensor) -> None:
         project(A, B, V, sums)
         out.copy_(sums)
         return
-    dtype = tiles.product_dtype(A.dtype)
+    dtype = tiles.product_dtype(A)
     V, group = V.to(dtype), _group(A, B)
     if group == 1 and A.shape[2] < B.shape[2]:  # the product is then narrower
         A, B, V = B, A, V.transpose(1, 2)
     steps, units = B.shape[1:]
     together = max(1, min(V.shape[0], 2048 // max(1, units)))
-    rows = max(1, tiles.tile_rows(together * units, dtype.itemsize) // steps)
-    space = tiles.Workspace(min(rows, A.shape[0]) * steps * together * units, dtype)
+    rows = max(1, tiles.tile_rows(together * units, dtype.itemsize, A.device) // steps)
+    space = tiles.Workspace(min(rows, A.shape[0]) * steps * together * units, dtype, A.device)
     for first in range(0, V.shape[0], together):
         stacked = V[first : first + together].reshape(-1, V.shape[2])
         for start in range(0, A.shape[0], rows):
@@ -145,10 +145,10 @@ def accumulate(A: Tensor, B: Tensor, S: Tensor, out: Tensor) -> None:
     group, (steps, units) = _group(A, B), B.shape[1:]
     S = S.to(torch.promote_types(A.dtype, torch.float32))
     S = S if contiguous_rows(S) else S.contiguous()
-    dtype = tiles.product_dtype(A.dtype)
+    dtype = tiles.product_dtype(A)
     together = max(1, min(S.shape[1], 2048 // max(1, units)))
-    rows = max(1, tiles.tile_rows(together * units, dtype.itemsize) // steps)
-    space = tiles.Workspace(min(rows, A.shape[0]) * steps * together * units, dtype)
+    rows = max(1, tiles.tile_rows(together * units, dtype.itemsize, A.device) // steps)
+    space = tiles.Workspace(min(rows, A.shape[0]) * steps * together * units, dtype, A.device)
     for first in range(0, S.shape[1], together):
         weights, target = S[:, first : first + together], out[first : first + together]
         whole = target.is_contiguous()
@@ -248,10 +248,11 @@ def _add_gram(rows: Sequence[Layer], cols: Sequence[Layer], out: Tensor) -> None
 
 
 def _tile_size(side: Sequence[Layer], routes: Sequence[bool]) -> int:
-    """Samples of a tile: 512 rows of the longest ghost product, and whole groups of every layer."""
+    """Samples of a tile: so many rows of the longest ghost product, and whole groups of every layer."""
     steps = max((layer[1].shape[1] for layer, ghost in zip(side, routes, strict=True) if ghost), default=1)
     whole = math.lcm(*(_group(*layer[:2]) for layer in side))
-    return tiles.even_tile(side[0][1].shape[0], max(1, 512 // steps), whole)
+    rows = tiles.gram_samples(side[0][1])
+    return tiles.even_tile(side[0][1].shape[0], max(1, rows // steps), whole)
 
 
 class _Operand:
@@ -259,7 +260,7 @@ class _Operand:
 
     def __init__(self, A: Tensor, B: Tensor, bias: bool, start: int, size: int, ghost: bool) -> None:
         self.group, self.steps, self.bias, self.ghost = _group(A, B), B.shape[1], bias, ghost
-        dtype = tiles.product_dtype(A.dtype)
+        dtype = tiles.product_dtype(A)
         a, b = (x.to(dtype) for x in (A[start // self.group : (start + size) // self.group], B[start : start + size]))
         if ghost:
             self.a, self.b = tiles.flat_rows(a), tiles.flat_rows(b)
@@ -288,10 +289,10 @@ def _same(x: Tensor, y: Tensor) -> bool:
 
 
 def _ghost_is_cheaper(A: Tensor, B: Tensor, A2: Tensor, B2: Tensor) -> bool:
-    """Flops a pair of samples of both routes, materialising again for every tile of at most 512 samples."""
+    """Flops a pair of samples of both routes, materialising again for every tile."""
     d_in, d_out, steps, steps2 = A.shape[2], B.shape[2], B.shape[1], B2.shape[1]
     ghost = steps * steps2 * (d_in / _group(A, B) / _group(A2, B2) + d_out)
-    return ghost <= d_in * d_out * (1.0 + steps2 / min(512, B.shape[0]))
+    return ghost <= d_in * d_out * (1.0 + steps2 / min(tiles.gram_samples(B), B.shape[0]))
 
 
 @torch.no_grad()
@@ -316,15 +317,15 @@ def sq_norms(A: Tensor, B: Tensor, *, bias: bool = False) -> Tensor:
     if not _compiled((A, B), (), None):
         return reference.sq_norms(A, B, bias=bias)
     group, (steps, units) = _group(A, B), B.shape[1:]
-    out = torch.zeros((B.shape[0], 1), dtype=torch.float64)
+    out = torch.zeros((B.shape[0], 1), dtype=torch.float64, device=B.device)
     if steps == 1:
-        shared = torch.zeros((A.shape[0], 1), dtype=torch.float64)
+        shared = torch.zeros((A.shape[0], 1), dtype=torch.float64, device=A.device)
         for x, sums in ((tiles.flat_rows(A), shared), (tiles.flat_rows(B), out)):
             tiles.row_dots(x, x, sums)
         return (out.view(-1, group) * (shared + float(bias))).view(-1)
     ghost = steps * steps * (A.shape[2] / group + units) <= steps * A.shape[2] * units
     width = steps * steps if ghost else A.shape[2] * units
-    size = max(1, (1 << 20) // max(1, width * group))
+    size = max(1, (1 << (26 if A.is_cuda else 20)) // max(1, width * group))
     wide = torch.promote_types(A.dtype, torch.float32)
     for start in range(0, A.shape[0], size):
         a, b = A[start : start + size].to(wide), B[start * group : (start + size) * group].to(wide)
@@ -364,7 +365,7 @@ def center(X: Tensor, draws: int, scale: float = 1.0) -> Tensor:
         raise ValueError(f"center: draws must divide the {X.shape[0]} rows of X, got {draws}")
     if X.numel() == 0:
         return X
-    if X.dtype in tiles.SUM_DTYPES and contiguous_rows(X) and device_of(X) == CPU:
+    if X.dtype in tiles.SUM_DTYPES and contiguous_rows(X) and device_of(X) is not None:
         tiles.center_rows(X, draws, scale)
         return X
     return reference.center(X, draws, scale)

@@ -42,7 +42,7 @@ def keep_mask(streams: Tensor, units: int, *, seed: int, site: int, threshold: i
         ValueError: a number is out of its range.
     """
     _check("keep_mask", streams, None, units, seed, site, threshold)
-    device = device_of(streams, cuda_kernel=True)
+    device = device_of(streams)
     if device is None:
         return reference.keep_mask(streams, units, seed=seed, site=site, threshold=threshold)
     streams = streams.contiguous()
@@ -88,7 +88,7 @@ def apply_mask(
         raise ValueError(f"apply_mask: out must have the shape of x {tuple(x.shape)}, got {tuple(out.shape)}")
 
     tensors = (x, streams) if out is None else (x, streams, out)
-    device = device_of(*tensors, cuda_kernel=True) if x.dtype in DTYPES else None
+    device = device_of(*tensors) if x.dtype in DTYPES else None
     if device is None:
         return reference.apply_mask(x, streams, seed=seed, site=site, threshold=threshold, out=out)
     streams = streams.contiguous()

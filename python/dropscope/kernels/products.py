@@ -80,7 +80,7 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _takes_onednn(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == torch.float32 and min(a.numel(), b.numel()) > 0 and prefer_onednn()
+    return a.is_cpu and a.dtype == torch.float32 and min(a.numel(), b.numel()) > 0 and prefer_onednn()
 
 
 def faster_products(work: float) -> AbstractContextManager[object]:
