@@ -42,7 +42,8 @@ def _lead(records: Sequence[Record]) -> list[str]:
         "A verdict is computed from the numbers by the rule in the entry's code. Each number can be computed again by "
         "the command beside it, and lies with everything its figure shows in `papers/NAME.json`. In A, B and C, p is "
         "the probability to keep a unit; in D, q is the probability to drop it. Errors are standard errors over "
-        "repeats.",
+        "repeats. Sizes, rates and lengths are ours where the papers' do not fit; where several were tried, the "
+        "setting under the entry says so.",
     ]
 
 
