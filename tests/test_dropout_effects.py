@@ -11,6 +11,7 @@ from torch import nn
 
 import dropscope as ds
 from dropscope import training
+from dropscope.training import explicit as explicit_module
 from dropscope.training import likelihood as likelihood_module
 from dropscope.training.sites import Sites, derived
 
@@ -406,6 +407,68 @@ def test_the_lstm_and_its_two_derivatives_are_torchs(bidirectional, batch_first)
         results.append([*outputs, *first, *second])
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-13)
+
+
+def test_the_curvature_of_the_true_labels_is_the_square_of_the_loss_slope():
+    model, (x, _) = mlp(outputs=3), batch()
+    y = torch.tensor([2, 0, 1])
+    sites, logits = recorded(model, x)
+    value = training.explicit_penalty(sites, nn.CrossEntropyLoss(), logits, y, key=KEY, curvature="jacobian")
+    slope = (logits.softmax(-1) - F.one_hot(y, 3)) @ model[3].weight
+    wanted = sites.found[0].variance / 2 * (model[:2](x) * slope).square().sum() / len(x)
+    assert float(value.detach()) == pytest.approx(float(wanted.detach()), rel=1e-12)
+
+
+def test_the_identity_in_place_of_the_curvature_by_enumeration_of_signs(monkeypatch):
+    model, (x, _) = mlp(outputs=3), batch(n=1)
+    sites, logits = recorded(model, x)
+    values = []
+    for signs in itertools.product((0.25, 0.75), repeat=3):
+        u = torch.tensor(signs, dtype=torch.float64)
+        monkeypatch.setattr(explicit_module, "uniform", lambda *_, u=u: u)
+        values.append(
+            training.explicit_penalty(
+                sites, nn.CrossEntropyLoss(), logits, torch.tensor([1]), key=KEY, curvature="identity"
+            )
+        )
+    wanted = sites.found[0].variance / 2 * (model[:2](x) * model[3].weight).square().sum() / 3
+    assert float(torch.stack(values).mean().detach()) == pytest.approx(float(wanted.detach()), rel=1e-12)
+
+
+class OtherLstm(nn.Module):
+    """An LSTM on packed rows or with projections, with dropout between its layers and on its output."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.form, width = form, 2 if form == "projected" else 3
+        self.lstm = nn.LSTM(3, 3, 2, dropout=0.3, batch_first=True, proj_size=2 if form == "projected" else 0)
+        self.drop, self.out = nn.Dropout(0.3), nn.Linear(width, 3)
+
+    def forward(self, x):
+        if self.form == "projected":
+            return self.out(self.drop(self.lstm(x)[0]))
+        rows = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([1, 2]), batch_first=True, enforce_sorted=False)
+        return self.out(self.drop(nn.utils.rnn.pad_packed_sequence(self.lstm(rows)[0], batch_first=True)[0]))
+
+
+@pytest.mark.parametrize("form", ["packed", "projected"])
+def test_lstms_of_other_forms_have_the_gauss_newton_penalty_of_their_dropout(form, monkeypatch):
+    torch.manual_seed(0)
+    model, x = OtherLstm(form).double(), torch.randn(2, 2, 3, dtype=torch.float64)
+    sites, output = recorded(model, x)
+    assert [site.name for site in sites] == ["lstm#0", "drop#0"]
+    torch.testing.assert_close(output, model.eval()(x), rtol=1e-12, atol=1e-14)
+    logits, y = output.flatten(0, 1), torch.tensor([0, 1, 2, 2])
+    p, mean = logits.softmax(-1).detach(), 0.0
+    for labels in itertools.product(range(3), repeat=4):
+        chosen = torch.tensor(labels)
+        at = p.gather(1, chosen[:, None])[:, 0]
+        labels_forced(monkeypatch, p.cumsum(1).gather(1, chosen[:, None])[:, 0] - at / 2)
+        value = training.explicit_penalty(sites, F.cross_entropy, logits, y, key=KEY).detach()
+        mean += float(at.prod() * value)
+    assert mean == pytest.approx(float(dense_penalty(sites, logits).detach()), rel=1e-12)
+    noise = training.implicit_noise(sites, F.cross_entropy(logits, y), key=KEY)
+    assert all(float(g.norm()) > 0 for g in torch.autograd.grad(noise, list(model.lstm.parameters())))
 
 
 def test_refusals():
