@@ -51,8 +51,26 @@ def judged(text: str, paper: str, found: Mapping[str, Any], first: Method, relat
         f"{first.name} {one:.2f} ± {one_error:.2f}, {second.name} {other:.2f} ± {other_error:.2f}: "
         f"difference {difference:+.2f} ± {error:.2f}"
     ) + (f", {difference / gap:+.0%} of what dropout gains" if gap > 0 else "")
-    why = "" if verdict == "reproduced" else f"over {len(a)} seeds the difference is {difference:+.2f} ± {error:.2f}"
+    why = "" if verdict == "reproduced" else _reason(found, first, second, len(a))
     return Claim(text, paper, ours, verdict, why)
+
+
+def _reason(found: Mapping[str, Any], first: Method, second: Method, seeds: int) -> str:
+    """What was measured that bears on a comparison: the spread over seeds, and how well penalty and noise fit."""
+    spread = [
+        f"{m.name} {min(values):.1f} to {max(values):.1f}" for m in (first, second) for values in [best(found[m.name])]
+    ]
+    reasons = [f"over {seeds} seeds the best perplexities spread: " + ", ".join(spread)]
+    for method in (first, second):
+        pairs = found[method.name].get("fidelity", [])
+        if pairs:
+            penalty, noise = (mean([pair[i] for pair in pairs]) for i in range(2))
+            parts = [
+                f"the penalty is {penalty[0]:.2f} ± {penalty[1]:.2f} of what dropout adds to the loss"
+            ] * method.explicit
+            parts += [f"the noise has {noise[0]:.2f} ± {noise[1]:.2f} of dropout's variance"] * method.implicit
+            reasons.append(f"in the models trained with {method.name}, " + " and ".join(parts))
+    return "; ".join(reasons)
 
 
 Judge = Callable[[Mapping[str, Any]], tuple[Claim, ...]]
