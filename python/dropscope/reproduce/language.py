@@ -123,8 +123,8 @@ def train(method: Method, seed: int, size: Size, scale: Scale) -> dict[str, Any]
     """Train one model; validation and training perplexity after every epoch, until validation has stopped to improve.
 
     Returns:
-        ``valid`` and ``train``: perplexities by epoch, the latter of the epoch's own losses as trained; for a method
-        with a penalty or noise in dropout's place also ``fidelity``, see :func:`fidelity`, of the trained model.
+        ``valid`` and ``train``: perplexities by epoch, the latter of the epoch's own losses as trained; for dropout and
+        what has a penalty or noise in its place also ``fidelity``: :func:`fidelity` of the model after its last epoch.
     """
     torch.set_num_threads(1)
     corpus = text(scale, size.train, size.held, size.vocabulary)
@@ -151,38 +151,41 @@ def train(method: Method, seed: int, size: Size, scale: Scale) -> dict[str, Any]
         trained.append(math.exp(min(sum(losses) / len(losses), 20.0)))
         valid.append(perplexity(model, corpus.valid))
     found: dict[str, Any] = {"valid": valid, "train": trained}
-    if method.explicit or method.implicit:
-        x, y = next(_windows(columns, size.steps, 0))
-        found["fidelity"] = fidelity(model, x, y, MaskKey(seed, step))
+    if method == DROPOUT or method.explicit or method.implicit:
+        found["fidelity"] = fidelity(model, columns, size.steps, MaskKey(seed, step))
     return found
 
 
-def fidelity(model: LanguageModel, x: Tensor, y: Tensor, key: MaskKey, draws: int = 24) -> list[float]:
-    """How well penalty and noise stand for dropout on one batch, each as a share of dropout's own.
+def fidelity(model: LanguageModel, columns: Tensor, steps: int, key: MaskKey, draws: int = 16) -> list[float]:
+    """How penalty, noise and the batches compare with dropout at a trained model, from ``draws`` draws of each.
 
     Returns:
-        R / (E_η ℓ(F(x, η)) − ℓ(F(x))) and Tr Cov ∇ξ / Tr Cov_η ∇ℓ(F(x, η)), both from ``draws`` draws.
+        On the first window R / (E_η ℓ(F(x, η)) − ℓ(F(x))) and Tr Cov ∇ξ / Tr Cov_η ∇ℓ(F(x, η)), both 1 where
+        penalty and noise stand for dropout; and Tr Cov_η ∇ℓ(F(x, η)) / Tr Cov ∇ℓ(F(x)), the latter over windows:
+        dropout's noise against that of the batches, which is there without dropout.
     """
-    plain = step_loss(model, NONE, x, y, key).item()
-    values, penalties, gradients, noises = [], [], [], []
+    windows = list(_windows(columns, steps, 0))
+    x, y = windows[0]
     parameters = list(model.parameters())
+    plain = step_loss(model, NONE, x, y, key).item()
+    rises, penalties, masked, noises = [], [], [], []
+    batches = [_gradient(step_loss(model, NONE, *window, key), parameters) for window in windows[: 2 * draws]]
     model.train()
     for draw in range(draws):
         at = MaskKey(key.seed, key.draw + draw)
         loss = step_loss(model, DROPOUT, x, y, at)
-        values.append(loss.item() - plain)
-        gradients.append(_joined(torch.autograd.grad(loss, parameters)))
+        rises.append(loss.item() - plain)
+        masked.append(_gradient(loss, parameters))
         with dropout_sites(torch.arange(len(x)), model=model) as sites:
             output = model(x).flatten(0, 1)
         penalties.append(explicit_penalty(sites, nn.CrossEntropyLoss(), output, y.flatten(), key=at).item())
-        noise = implicit_noise(sites, F.cross_entropy(output, y.flatten()), key=at)
-        noises.append(_joined(torch.autograd.grad(noise, parameters)))
-    ours, theirs = (float(torch.stack(rows).var(0).sum()) for rows in (noises, gradients))
-    return [sum(penalties) / sum(values), ours / theirs]
+        noises.append(_gradient(implicit_noise(sites, F.cross_entropy(output, y.flatten()), key=at), parameters))
+    noise, dropout, batch = (float(torch.stack(rows).var(0).sum()) for rows in (noises, masked, batches))
+    return [sum(penalties) / sum(rises), noise / dropout, dropout / batch]
 
 
-def _joined(gradients: Sequence[Tensor]) -> Tensor:
-    return torch.cat([gradient.flatten() for gradient in gradients])
+def _gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, parameters)])
 
 
 def perplexity(model: LanguageModel, tokens: Tensor, window: int = 100) -> float:

@@ -56,21 +56,29 @@ def judged(text: str, paper: str, found: Mapping[str, Any], first: Method, relat
 
 
 def _reason(found: Mapping[str, Any], first: Method, second: Method, seeds: int) -> str:
-    """What was measured that bears on a comparison: the spread over seeds, and how well penalty and noise fit."""
+    """What was measured that bears on a comparison: the spread over seeds, and how penalty and noise fit."""
     spread = [
-        f"{m.name} {min(values):.1f} to {max(values):.1f}" for m in (first, second) for values in [best(found[m.name])]
+        f"{method.name} {min(values):.1f} to {max(values):.1f}"
+        for method in (first, second)
+        for values in [best(found[method.name])]
     ]
-    reasons = [f"over {seeds} seeds the best perplexities spread: " + ", ".join(spread)]
+    reasons = [f"over {seeds} seeds the best perplexities range: " + ", ".join(spread)]
     for method in (first, second):
-        pairs = found[method.name].get("fidelity", [])
-        if pairs:
-            penalty, noise = (mean([pair[i] for pair in pairs]) for i in range(2))
-            parts = [
-                f"the penalty is {penalty[0]:.2f} ± {penalty[1]:.2f} of what dropout adds to the loss"
-            ] * method.explicit
-            parts += [f"the noise has {noise[0]:.2f} ± {noise[1]:.2f} of dropout's variance"] * method.implicit
-            reasons.append(f"in the models trained with {method.name}, " + " and ".join(parts))
+        if method.explicit or method.implicit:
+            penalty, noise, _ = _fidelity(found, method)
+            parts = [f"the penalty is {penalty} of what dropout adds to the loss"] * method.explicit
+            parts += [f"the noise has {noise} of the variance of dropout's"] * method.implicit
+            reasons.append(f"at the models trained with {method.name}, " + " and ".join(parts))
+    if first.masks != second.masks or first.implicit != second.implicit:
+        share = _fidelity(found, DROPOUT)[2]
+        reasons.append(f"dropout's noise, which tells the two apart, has {share} of the variance of the batches' own")
     return "; ".join(reasons)
+
+
+def _fidelity(found: Mapping[str, Any], method: Method) -> list[str]:
+    """The numbers of ``language.fidelity`` over the seeds."""
+    columns = zip(*found[method.name]["fidelity"], strict=True)
+    return ["{:.2f} ± {:.2f}".format(*mean(column)) for column in columns]
 
 
 Judge = Callable[[Mapping[str, Any]], tuple[Claim, ...]]
