@@ -120,9 +120,11 @@ class _Run:
         if self._slopes is None:
             i, _, g, o = self.gates.chunk(4, -1)
             own = _by_gate(self.gates)
-            bend = own - own.square()  # of the logistic function
+            bend = torch.addcmul(own, own, own, value=-1.0)  # of the logistic function
             torch.sub(1.0, g.square(), out=bend[:, :, 2])
-            through = torch.stack((g, self.c[:-1], i, self.tanh_c), 2).mul_(bend)
+            through = torch.empty_like(bend)
+            for gate, factor in enumerate((g, self.c[:-1], i, self.tanh_c)):
+                torch.mul(factor, bend[:, :, gate], out=through[:, :, gate])
             self._slopes = through, o * (1.0 - self.tanh_c.square()), bend
         return cast("tuple[Tensor, Tensor, Tensor]", self._slopes)
 
@@ -226,9 +228,10 @@ def _second(run: _Run, found: _Adjoints, da: Tensor, dc: Tensor, uW: Tensor | No
     g = run.gates.chunk(4, -1)[2]
     _, bend_h, bend = run.slopes()
     moved = bend * da  # tangents of the gates
-    turn = 1.0 - 2.0 * _by_gate(run.gates)  # σ″/σ′
-    torch.mul(g, -2.0, out=turn[:, :, 2])  # tanh″/tanh′
-    bulk_a = found.a * turn * da
+    # In place from here on: fresh arrays of this size cost as much as what is computed in them.
+    bulk_a = torch.rsub(_by_gate(run.gates), 1.0, alpha=2.0)  # σ″/σ′
+    torch.mul(g, -2.0, out=bulk_a[:, :, 2])  # tanh″/tanh′
+    bulk_a.mul_(found.a).mul_(da)
     bulk_a[:, :, 0] += found.c * moved[:, :, 2] * bend[:, :, 0]
     bulk_a[:, :, 1] += found.c * dc[:-1] * bend[:, :, 1]
     bulk_a[:, :, 2] += found.c * moved[:, :, 0] * bend[:, :, 2]
