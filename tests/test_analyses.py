@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dropscope import _files
 from dropscope.analyses import fit_power_law, hessian_variance, interval_flatness, variance_flatness
 from dropscope.analyses.alignment import MaskError, measure_alignment
+from dropscope.analyses.displaced_risks import DisplacedRisks
 from dropscope.analyses.noise_source import noise_source
 from dropscope.masks import keep_probability
 from dropscope.operators.base import SymmetricOperator
@@ -264,6 +265,57 @@ def test_interval_flatness_has_statuses_for_what_has_no_answer() -> None:
     near = interval_flatness(bowl([1e20, 1.0]), V)
     assert near.status_left == ("below_range", "ok")
     assert near.status == "below_range"
+
+
+@pytest.mark.parametrize("block", [None, "2.weight"])
+def test_lockstep_and_one_by_one_give_the_same_distances(block: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    X, y = torch.randn(30, 5, generator=generator, dtype=F64), torch.arange(30) % 3
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    problem = Problem(model, nn.CrossEntropyLoss(), (X, y), params=block, batch_size=12)
+    V = torch.randn(problem.dim, 6, generator=generator, dtype=F64)
+    clock = [0.0]  # the trial's clock: ticks of one route are long, so that the choice does not depend on the machine
+
+    def decided(together: bool) -> object:
+        clock[0] = 0.0
+        spent = {"_one_by_one": 1.0, "_together": 1e-3 if together else 1e3}
+        for name, seconds in spent.items():
+            inner = getattr(DisplacedRisks, name)
+
+            def timed(self: DisplacedRisks, C: Tensor, inner=inner, seconds=seconds) -> Tensor:
+                clock[0] += seconds
+                return inner(self, C)
+
+            monkeypatch.setattr(DisplacedRisks, name, timed)
+        monkeypatch.setattr("dropscope.analyses.displaced_risks.time.perf_counter", lambda: clock[0])
+        got = interval_flatness(problem, V, rtol=1e-6)
+        monkeypatch.undo()
+        return got
+
+    batched, alone = decided(True), decided(False)
+    assert batched.route == "up to 64 at once"
+    assert alone.route == "one by one: vmap is slower"
+    assert batched.status_left == alone.status_left
+    torch.testing.assert_close(batched.flatness, alone.flatness, rtol=1e-9, atol=0.0)
+    # And they are what they claim to be: the risk has doubled there.
+    unit = V / V.norm(dim=0)
+    for j in torch.nonzero(torch.isfinite(batched.right))[:, 0].tolist():
+        with problem.displaced(batched.right[j] * unit[:, j]):
+            assert problem.risk() == pytest.approx(batched.level, rel=1e-5)
+
+
+def test_displaced_risks_are_bounded_by_memory_and_leave_unmoved_parameters_out() -> None:
+    problem = bowl([4.0, 1.0, 9.0])
+    V, C = torch.eye(3, dtype=F64)[:, :2], torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, -3.0]], dtype=F64)
+    risks = DisplacedRisks(problem, V, memory=1)
+    torch.testing.assert_close(risks(C), torch.tensor([2.5, 9.0, 5.0], dtype=F64))
+    assert risks.route == "one by one: memory holds no two"
+    assert risks.evaluations == 3
+    still = DisplacedRisks(problem, torch.zeros(3, 1, dtype=F64))
+    assert still.moved == []
+    torch.testing.assert_close(still(torch.ones(1, 2)), torch.tensor([0.5, 0.5], dtype=F64))
 
 
 def test_interval_flatness_refuses_bad_input() -> None:

@@ -39,12 +39,18 @@ def test_verdicts_follow_the_numbers() -> None:
         )
     }  # fmt: skip
     verdicts = [c.verdict for c in a_flatness._claims({"noises": noises, "slopes_e": [-1.52, -1.48]})]
-    assert verdicts == ["reproduced", "partly", "reproduced", "reproduced", "not reproduced"]
+    assert verdicts == ["reproduced", "partly", "reproduced", "reproduced"]
     noises["dropout"] = [{"slope": 0.5, "r": 0.9}] * 2
     noises["gradient"] = [{"slope": -1.0, "r": -0.9}] * 2
     verdicts = [c.verdict for c in a_flatness._claims({"noises": noises, "slopes_e": [0.5, 0.5]})]
     assert verdicts[0] == "not reproduced"
     assert verdicts[3] == "not reproduced"
+    short, long = [{"slope": -2.5, "r": -0.7}, {"slope": -2.3, "r": -0.7}], [{"slope": 2.0, "r": 0.5}] * 2
+    for control, verdict in ((0.1, "reproduced"), (4.0, "partly"), (-1.0, "not reproduced")):
+        ends = (-control, 1.1 * control) if control > 0 else (control, 1.01 * control)
+        runs = [short, long, [{"slope": s, "r": 0.0} for s in ends]]
+        verdicts = [c.verdict for c in a_trajectory._claims({"runs": runs})]
+        assert verdicts == ["reproduced", "not reproduced", verdict]
     minima = {"flatness": [[1.0, 1.1], [1.5, 1.6]], "sharpness": [[1.0, 1.0]] * 2, "risk": [[0.1, 0.1]] * 2}
     assert b_minima._claims(minima)[0].verdict == "reproduced"
     assert b_minima._claims(minima | {"flatness": minima["flatness"][::-1]})[0].verdict == "not reproduced"

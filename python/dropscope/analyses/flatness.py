@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Generator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from scipy import optimize
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from dropscope.analyses.displaced_risks import DisplacedRisks
 from dropscope.analyses.saving import save_result
 from dropscope.problem import Problem
 
@@ -44,6 +44,7 @@ class IntervalFlatness:
         level: the risk at the ends.
         factor: level / risk when it was asked for as a multiple, else NaN.
         evaluations: how many times the risk was evaluated on the whole data set.
+        route: how many displacements were evaluated at once, or why one by one.
     """
 
     flatness: Tensor
@@ -55,6 +56,7 @@ class IntervalFlatness:
     level: float
     factor: float
     evaluations: int
+    route: str
 
     @property
     def status(self) -> SideStatus:
@@ -100,8 +102,10 @@ def interval_flatness(
 
     The interval flatness of Feng and Tu as used for dropout in arXiv:2111.01022 and arXiv:2305.15850 (§5.2 there):
     F_v = θ_r - θ_l, R(θ₀ + δv) = 2 R(θ₀) at both ends; Feng and Tu took the factor e. Each end is bracketed between
-    neighbours of a grid of factor-two steps that starts below a quadratic prediction, then found by Brent's method in
-    ln δ. Where the risk is not monotone along v, that is the first crossing on the grid.
+    neighbours of a grid of factor-two steps that starts below a quadratic prediction, then found by Chandrupatla's
+    method in ln δ. Where the risk is not monotone along v, that is the first crossing on the grid. All sides of all
+    directions are searched in lockstep, their risks evaluated together where the model allows it and it pays; the two
+    ways differ by rounding, which may move a distance within rtol.
 
     Args:
         problem: the risk; its parameters are moved and put back bit for bit.
@@ -133,19 +137,14 @@ def interval_flatness(
     risk = problem.risk()
     if level is not None and not risk < level < math.inf:
         raise ValueError(f"interval_flatness: level must be finite and exceed the risk {risk:.6g}, got {level!r}")
-    walk = _Walk(problem, risk, factor * risk if level is None else level, reach, rtol)
+    given, level = level, factor * risk if level is None else level
     columns = V.shape[1]
-    if level is None and risk <= 0.0:
+    if given is None and risk <= 0.0:
         nothing = torch.full((columns,), math.nan, dtype=torch.float64)
         zero: list[SideStatus] = ["zero_loss"] * columns
-        return IntervalFlatness(nothing, nothing, nothing, tuple(zero), tuple(zero), risk, math.nan, factor, 1)
-    ends: list[tuple[float, SideStatus]] = []
-    with tqdm(total=2 * columns, desc="interval flatness", unit="side", disable=not progress, leave=False) as bar:
-        for v in V.unbind(1):
-            for sign in (-1.0, 1.0):
-                ends.append(walk.crossing(sign * v))
-                bar.set_postfix(delta=f"{ends[-1][0]:.3g}", refresh=False)
-                bar.update()
+        return IntervalFlatness(nothing, nothing, nothing, tuple(zero), tuple(zero), risk, math.nan, factor, 1, "none")
+    risks = DisplacedRisks(problem, V)
+    ends = _walk(problem, risks, level, risk, reach, rtol, progress)
     distances = torch.tensor([distance for distance, _ in ends], dtype=torch.float64).reshape(columns, 2)
     return IntervalFlatness(
         flatness=distances.sum(1),
@@ -154,10 +153,44 @@ def interval_flatness(
         status_left=tuple([status for _, status in ends[::2]]),
         status_right=tuple([status for _, status in ends[1::2]]),
         risk=risk,
-        level=walk.level,
-        factor=factor if level is None else math.nan,
-        evaluations=1 + walk.evaluations,
+        level=level,
+        factor=factor if given is None else math.nan,
+        evaluations=1 + risks.evaluations,
+        route=risks.route,
     )
+
+
+def _walk(
+    problem: Problem,
+    risks: DisplacedRisks,
+    level: float,
+    risk: float,
+    reach: tuple[float, float],
+    rtol: float,
+    progress: bool,
+) -> list[tuple[float, SideStatus]]:
+    """Both ends along every column, left before right, all searched in lockstep."""
+    squares = sum(float(p.detach().double().square().sum()) for p in problem.params.values())
+    start, columns = 1e-2 * math.sqrt(squares) or 1.0, risks.V.shape[1]
+    searches = [_search(start, reach, level - risk, rtol) for _ in range(2 * columns)]
+    asked = {side: next(search) for side, search in enumerate(searches)}
+    ends: dict[int, tuple[float, SideStatus]] = {}
+    with tqdm(total=2 * columns, desc="interval flatness", unit="side", disable=not progress, leave=False) as bar:
+        while asked:
+            C = torch.zeros(columns, len(asked), dtype=torch.float64)
+            for j, (side, distance) in enumerate(asked.items()):
+                C[side // 2, j] = distance if side % 2 else -distance
+            for side, value in zip(list(asked), risks(C).tolist(), strict=True):
+                # Far out the loss may well overflow: that is above any level, not an error.
+                answer = _send(searches[side], value - level if math.isfinite(value) else math.inf)
+                if isinstance(answer, tuple):
+                    ends[side] = answer
+                    del asked[side]
+                    bar.set_postfix(delta=f"{ends[side][0]:.3g}", refresh=False)
+                    bar.update()
+                else:
+                    asked[side] = answer
+    return [ends[side] for side in range(2 * columns)]
 
 
 def _directions(problem: Problem, V: Any) -> Tensor:
@@ -177,78 +210,82 @@ def _directions(problem: Problem, V: Any) -> Tensor:
     return columns
 
 
-@dataclass
-class _Walk:
-    """Risks along rays from the base point."""
+Search = Generator[float, float, tuple[float, SideStatus]]  # asks for a distance, is sent R - level there
 
-    problem: Problem
-    risk: float
-    level: float
-    reach: tuple[float, float]
-    rtol: float
-    evaluations: int = 0
-    scale: float = field(init=False)
 
-    def __post_init__(self) -> None:
-        squares = sum(float(p.detach().double().square().sum()) for p in self.problem.params.values())
-        self.scale = 1e-2 * math.sqrt(squares) or 1.0
-
-    def excess(self, v: Tensor, distance: float) -> float:
-        """R(θ₀ + distance·v) - level; infinite where the risk overflows."""
-        self.evaluations += 1
-        total = 0.0
-        with self.problem.displaced(distance * v), torch.no_grad():
-            for batch in self.problem.batches():
-                total += float(self.problem.sample_losses(batch)[0].double().sum())
-        # Far out the loss may well overflow: that is above any level, not an error.
-        return total / self.problem.total_weight - self.level if math.isfinite(total) else math.inf
-
-    def crossing(self, v: Tensor) -> tuple[float, SideStatus]:
-        """The distance along v at which the risk reaches the level."""
-        low, high = self.reach
-        distance = 0.5 * self._predict(v)
-        above = self.excess(v, distance)
-        while above > 0.0 and distance > low:
-            distance = max(distance / 2.0, low)
-            above = self.excess(v, distance)
+def _search(predicted: float, reach: tuple[float, float], rise: float, rtol: float) -> Search:
+    """The distance at which the risk reaches the level, ``rise`` above R(θ₀), along one ray."""
+    low, high = reach
+    distance = 0.5 * (yield from _predict(predicted, reach, rise))
+    above = yield distance
+    while above > 0.0 and distance > low:
+        distance = max(distance / 2.0, low)
+        above = yield distance
+    if above > 0.0:
+        return math.nan, "below_range"
+    while True:
+        if distance >= high:
+            return math.inf, "no_crossing"
+        inner, inner_above = distance, above
+        distance = min(2.0 * distance, high)
+        above = yield distance
         if above > 0.0:
-            return math.nan, "below_range"
-        while True:
-            if distance >= high:
-                return math.inf, "no_crossing"
-            inner, inner_excess = distance, above
-            distance = min(2.0 * distance, high)
-            above = self.excess(v, distance)
-            if above > 0.0:
-                return self._refine(lambda d: self.excess(v, d), (inner, inner_excess), (distance, above)), "ok"
+            return (yield from _refine((inner, inner_above), (distance, above), rise, rtol)), "ok"
 
-    def _predict(self, v: Tensor) -> float:
-        """Where a parabola through R(θ₀) and the last point reaches the level, three times over."""
-        low, high = self.reach
-        distance = min(max(self.scale, low), high)
-        for _ in range(3):
-            rise = self.excess(v, distance) + self.level - self.risk
-            if rise <= 0.0:
-                step = 4.0
-            elif math.isinf(rise):
-                step = 1.0 / 16.0
-            else:
-                step = min(max(math.sqrt((self.level - self.risk) / rise), 1.0 / 64.0), 64.0)
-            distance = min(max(distance * step, low), high)
-            if 0.8 < step < 1.25:
-                break
-        return distance
 
-    def _refine(
-        self, excess: Callable[[float], float], inner: tuple[float, float], outer: tuple[float, float]
-    ) -> float:
-        """Brent's method in ln δ on ln(R/level)-like values, which are nearer to a line than R itself."""
-        known = {math.log(inner[0]): inner[1], math.log(outer[0]): outer[1]}
+def _send(search: Search, excess: float) -> float | tuple[float, SideStatus]:
+    """The next distance that a search asks for, or what it has found."""
+    try:
+        return search.send(excess)
+    except StopIteration as found:
+        end: tuple[float, SideStatus] = found.value
+        return end
 
-        def value(t: float) -> float:
-            seen = known[t] if t in known else excess(math.exp(t))
-            return math.asinh(min(seen, 1e300) / (self.level - self.risk))
 
-        if inner[1] == 0.0:
-            return inner[0]
-        return math.exp(float(optimize.brentq(value, min(known), max(known), xtol=self.rtol, rtol=1e-12)))
+def _predict(distance: float, reach: tuple[float, float], rise: float) -> Generator[float, float, float]:
+    """Where a parabola through R(θ₀) and the last point reaches the level, three times over."""
+    low, high = reach
+    distance = min(max(distance, low), high)
+    for _ in range(3):
+        risen = (yield distance) + rise
+        if risen <= 0.0:
+            step = 4.0
+        elif math.isinf(risen):
+            step = 1.0 / 16.0
+        else:
+            step = min(max(math.sqrt(rise / risen), 1.0 / 64.0), 64.0)
+        distance = min(max(distance * step, low), high)
+        if 0.8 < step < 1.25:
+            break
+    return distance
+
+
+def _refine(
+    inner: tuple[float, float], outer: tuple[float, float], rise: float, rtol: float
+) -> Generator[float, float, float]:
+    """Chandrupatla's method in ln δ on asinh of the excess, which is nearer to a line than the risk itself.
+
+    Inverse quadratic interpolation through the last three points where these allow it, else bisection
+    (T. R. Chandrupatla, Advances in Engineering Software 28, 1997). It ends with a bracket of width rtol.
+    """
+
+    def bent(excess: float) -> float:
+        return math.asinh(min(excess, 1e300) / rise)
+
+    (a, fa), (b, fb) = ((math.log(distance), bent(excess)) for distance, excess in (inner, outer))
+    t = 0.5
+    while abs(b - a) > rtol and fa != 0.0:
+        x = a + t * (b - a)
+        f = bent((yield math.exp(x)))
+        if (f > 0.0) == (fa > 0.0):
+            c, fc = a, fa
+        else:
+            c, fc, b, fb = b, fb, a, fa
+        a, fa = x, f
+        xi, phi = (a - b) / (c - b), (fa - fb) / (fc - fb)
+        t = 0.5
+        if phi * phi < xi and (1.0 - phi) ** 2 < 1.0 - xi:
+            t = fa / (fb - fa) * fc / (fb - fc) + (c - a) / (b - a) * fa / (fc - fa) * fb / (fc - fb)
+        edge = min(0.5, 0.5 * rtol / abs(b - a)) if b != a else 0.5
+        t = min(max(t, edge), 1.0 - edge)
+    return math.exp(a if abs(fa) < abs(fb) else b)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from dropscope.analyses.displaced_risks import DisplacedRisks
 from dropscope.analyses.saving import save_result
 from dropscope.problem import Problem
 
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
 
 Normalise = Literal["filter", "layer", "none"]
 Solution = Tensor | Mapping[str, Tensor] | nn.Module
-_BATCH_BYTES = 1 << 26  # of parameters that are evaluated together
 
 
 @dataclass(frozen=True)
@@ -120,8 +117,8 @@ def loss_line(
         columns, normalise = towards(problem, between, "loss_line")[:, None], "none"
     else:
         columns = random_directions(problem, lines, normalise, vectors, seed, "loss_line")
-    steps = (columns[:, :, None] * points.to(columns)).reshape(problem.dim, -1)
-    losses = risks_at(problem, steps, progress).reshape(columns.shape[1], -1)
+    coefficients = torch.kron(torch.eye(columns.shape[1]), points)
+    losses = DisplacedRisks(problem, columns)(coefficients, progress).reshape(columns.shape[1], -1)
     return LossLine(points, losses, normalise, between is not None)
 
 
@@ -173,28 +170,3 @@ def towards(problem: Problem, solution: Solution, name: str) -> Tensor:
     else:
         raise TypeError(f"{name}: between must be a tensor, a mapping or a module, got {type(solution).__name__}")
     return flat_direction(problem, there.to(here), name) - here
-
-
-def risks_at(problem: Problem, deltas: Tensor, progress: bool = False) -> Tensor:
-    """Return R(θ + δ) of every column δ of (dim, k), float64 (k,), many of them together where the model allows it."""
-    problem.check()
-    size = max(1, min(64, _BATCH_BYTES // (problem.dim * problem.dtype.itemsize)))
-    theta = problem.flatten([p.detach() for p in problem.params.values()])
-    batches, done = list(problem.batches()), []
-
-    def total(delta: Tensor) -> Tensor:
-        named = problem.unflatten(theta + delta)
-        parts = [problem.substituted(named, partial(problem.raw_losses, batch)) for batch in batches]
-        return torch.stack([values.double().sum() for values, _ in parts]).sum()
-
-    bar = tqdm(total=deltas.shape[1], desc="risk along lines", disable=not progress, leave=False)
-    with torch.no_grad(), bar:
-        for columns in torch.split(deltas.T, size):
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("error")  # torch warns where it would loop inside one operation
-                    done.append(torch.func.vmap(total)(columns) if len(columns) > 1 else total(columns[0])[None])
-            except (RuntimeError, ValueError, Warning):  # not to be batched, as a recurrent layer or torch's attention
-                done.append(torch.stack([total(column) for column in columns]))
-            bar.update(len(columns))
-    return (torch.cat(done) / problem.total_weight).cpu()

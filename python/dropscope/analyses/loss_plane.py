@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dropscope.analyses.loss_line import Normalise, Solution, random_directions, risks_at, towards
+from dropscope.analyses.displaced_risks import DisplacedRisks
+from dropscope.analyses.loss_line import Normalise, Solution, random_directions, towards
 from dropscope.analyses.saving import save_result
 from dropscope.problem import Problem
 
@@ -94,5 +95,5 @@ def loss_plane(
             raise ValueError(f"loss_plane: between must be two solutions, got {len(between)}")
         columns, normalise = torch.stack([towards(problem, s, "loss_plane") for s in between], 1), "none"
     grid = torch.cartesian_prod(a, b).to(columns)
-    losses = torch.cat([risks_at(problem, columns @ rows.T, progress) for rows in torch.split(grid, 256)])
+    losses = DisplacedRisks(problem, columns)(grid.T, progress)
     return LossPlane(a, b, losses.reshape(len(a), len(b)), normalise, between is not None)
