@@ -8,6 +8,8 @@ from torch import nn
 from cases import CASES, sample_gradients
 from dropscope.factors import Table
 from dropscope.factors.blocks import DenseBlock, FactorBlock
+from dropscope.factors.fallback import dense_rows
+from dropscope.masks import MaskKey
 from dropscope.problem import Problem
 
 
@@ -90,6 +92,19 @@ def test_linear_layers_go_by_factors_and_share_unmasked_inputs():
     assert "shared by the draws" in table.problem.plan()
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_rows_by_groups_are_those_of_one_sample_at_a_time(name):
+    """Groups that do not divide the batch, all parameters of every model, masks on and off."""
+    problem = CASES[name].problem()
+    batch = next(iter(problem.batches()))
+    names = list(problem.params)
+    for key, draws in ((MaskKey(3, 2), 3), (None, 1)):
+        truth = dense_rows(problem, batch, names, key, draws)
+        found = dense_rows(problem, batch, names, key, draws, group=4)
+        for rows, expected in zip(found, truth, strict=True):
+            torch.testing.assert_close(rows, expected, rtol=0, atol=1e-12 * max(1.0, float(expected.abs().max())))
+
+
 def test_a_layer_used_thrice_is_the_sum_of_its_uses():
     table = table_of(CASES["shared"].problem())
     chunk = next(iter(table.chunks()))
@@ -132,6 +147,27 @@ def test_what_capture_gets_wrong_is_noticed_and_taken_otherwise(model, failing):
     reason = "do not reproduce" if model is Scrambled else "no function with a rule"
     assert reason in problem.plan()
     torch.testing.assert_close(materialised(table), sample_gradients(problem, 5, 3).flatten(0, 1))
+
+
+class Branching(Sliced):
+    """Takes the sign of a number of the batch into an `if`, which vmap cannot."""
+
+    def forward(self, x):
+        scale = self.scale if float((x * 0).sum()) == 0.0 else -self.scale
+        return self.out(F.dropout(torch.sin(x * scale + self.table[1]), 0.5, self.training))
+
+
+@pytest.mark.parametrize(("model", "grouped"), [(Sliced, True), (Branching, False)])
+def test_what_vmap_cannot_batch_goes_one_sample_at_a_time(model, grouped):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = model().double()
+        data = (torch.randn(7, 3, dtype=torch.float64), torch.randn(7, 1, dtype=torch.float64))
+    problem = Problem(net, nn.MSELoss(), data, batch_size=4)
+    table = table_of(problem)
+    assert table.plan.names("dense")
+    assert table.plan.grouped is grouped
+    torch.testing.assert_close(materialised(table), sample_gradients(problem, 5, 3).flatten(0, 1), rtol=0, atol=1e-12)
 
 
 class Conv1D(nn.Module):

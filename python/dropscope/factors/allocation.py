@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dropscope import kernels
 from dropscope.factors.capture import part_of, record
-from dropscope.factors.fallback import dense_rows
+from dropscope.factors.fallback import dense_rows, group_size
 from dropscope.factors.layers import Factors
 from dropscope.factors.plan import Plan
 from dropscope.problem import Problem
@@ -50,10 +50,14 @@ def gradient_norms(problem: Problem, plan: Plan) -> Tensor:
             for name in captured:
                 part = part_of(name, uses, gradients, batch.size, 1, plan.routes[name].layout)
                 total += kernels.sq_norms(*part) if isinstance(part, Factors) else part.double().square().sum(1)
-        if alone:
+        if alone and plan.grouped and plan.names("dense"):
+            group = group_size(problem, alone, batch.size)
+            for rows in dense_rows(problem, batch, alone, None, 1, group):
+                total += rows.double().square().sum(1)
+        elif alone:
             for i in range(batch.size):  # one at a time: a matrix-free parameter has room for one gradient only
-                rows = dense_rows(problem, batch.select(slice(i, i + 1)), alone, None, 1)
-                total[i] += sum(float(row.double().square().sum()) for row in rows)
+                one = dense_rows(problem, batch.select(slice(i, i + 1)), alone, None, 1)
+                total[i] += sum(float(row.double().square().sum()) for row in one)
         squares.append(total.cpu())
     return torch.cat(squares).sqrt()
 

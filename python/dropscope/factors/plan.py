@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dropscope import kernels
 from dropscope.factors.capture import Part, part_of, record
+from dropscope.factors.fallback import groups_work
 from dropscope.factors.layers import LAYOUTS, Layout, UnfitError, Use
 from dropscope.masks import MaskKey, Sharing
 from dropscope.problem import Batch, Problem
@@ -33,7 +34,7 @@ class Route:
 
     Attributes:
         kind: ``"factors"``: Σ_t b_t a_tᵀ, kept as a and b; ``"rows"``: materialised from the same capture, where that
-            is smaller; ``"dense"``: materialised one sample at a time; ``"matrix_free"``: products only.
+            is smaller; ``"dense"``: materialised by ``vmap`` or one sample at a time; ``"matrix_free"``: products only.
         reason: why, in words.
         layout: which axis of the captured tensors is the row.
     """
@@ -53,6 +54,7 @@ class Plan:
         shared_bytes: bytes that the stored gradients of one sample take whatever the number of its draws.
         draw_bytes: bytes that each of its draws takes besides.
         pass_bytes: bytes that one row of a pass keeps for its backward.
+        grouped: ``vmap`` over samples gives the rows of the ``"dense"`` parameters.
     """
 
     routes: dict[str, Route] = field(default_factory=dict)
@@ -60,6 +62,7 @@ class Plan:
     shared_bytes: int = 0
     draw_bytes: int = 0
     pass_bytes: int = 0
+    grouped: bool = False
 
     def names(self, *kinds: Kind) -> list[str]:
         """Parameters on these routes."""
@@ -108,6 +111,9 @@ def make_plan(problem: Problem, batch: Batch, seed: int, draws: int, budget: int
         else:
             plan.routes[name] = Route("matrix_free", f"{reason}; too large to materialise")
     _pair(plan, uses)
+    dense = plan.names("dense")
+    if dense:
+        plan.grouped = groups_work(problem, trial, dense, MaskKey(seed, 0), weights, truth)
     problem.routes.update({name: f"{route.kind}: {route.reason}" for name, route in plan.routes.items()})
     return plan
 

@@ -20,7 +20,7 @@ from dropscope.factors.allocation import Allocation, allocate, gradient_norms
 from dropscope.factors.blocks import Block, DenseBlock, FactorBlock
 from dropscope.factors.capture import join_draws, part_of, record, rows_of
 from dropscope.factors.chunk import Chunk, joined
-from dropscope.factors.fallback import MatrixFreeBlock, dense_rows
+from dropscope.factors.fallback import MatrixFreeBlock, dense_rows, group_size
 from dropscope.factors.layers import Factors
 from dropscope.factors.plan import Plan, draws_masks, make_plan
 from dropscope.masks import MaskKey, Sharing
@@ -284,7 +284,8 @@ class Table:
                     yield DenseBlock(part, blocks[name])
         dense = plan.names("dense")
         if dense:
-            rows = dense_rows(self.problem, batch, dense, MaskKey(self.seed, 0), draws)
+            group = group_size(self.problem, dense, self.step) if plan.grouped else 1
+            rows = dense_rows(self.problem, batch, dense, MaskKey(self.seed, 0), draws, group)
             for name, G in zip(dense, rows, strict=True):
                 yield DenseBlock(G, blocks[name])
         free = plan.names("matrix_free")
