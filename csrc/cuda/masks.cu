@@ -7,7 +7,9 @@ namespace {
 // out = x o mask * scale, V elements a load; a lane makes two counters before it stores where
 // one asks for a single load.
 template <class T, int V>
-__global__ void __launch_bounds__(threads_per_block, V == 8 ? 4 : 3)
+__global__ void __launch_bounds__(threads_per_block, V == 8   ? 4
+                                                     : V == 1 ? 2
+                                                              : 3)
     apply_kernel(const T* x, int64_t x_stride, T* out, int64_t out_stride, int64_t units, Wide<T> scale,
                  MaskSource source, Walk walk) {
   constexpr int rounds = V == 8 ? 2 : 1;

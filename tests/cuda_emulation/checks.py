@@ -80,6 +80,53 @@ def test_nothing_is_read_or_written_beyond_the_end(dtype, cols):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cols", [5, 37, 63, 129])
+def test_padding_between_aligned_rows_is_neither_read_nor_written(dtype, cols):
+    # Rows start at multiples of 16 bytes and end inside a vector: the tails of the vector loads and stores.
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    made: list[torch.Tensor] = []
+
+    def padded(rows: int, width: int, of: torch.dtype = dtype, zero: bool = False) -> torch.Tensor:
+        wide = torch.full((rows, (width + 8) // 8 * 8), math.nan, dtype=of)
+        generator = torch.Generator().manual_seed(len(made))
+        wide[:, :width] = 0 if zero else torch.randn(rows, width, generator=generator)
+        made.append(wide[:, width:])
+        return wide[:, :width]
+
+    def dense(x: torch.Tensor) -> torch.Tensor:
+        return x.contiguous().clone()
+
+    streams = torch.arange(6)
+    P, Q, S = padded(3, cols), padded(6, cols), torch.randn(6, 2, dtype=sums)
+    out, mirror = padded(6, cols, sums, zero=True), padded(cols, 6, sums, zero=True)
+    tiles.hadamard(P, Q, out, mirror, groups=(2, 1), shift=1.0)
+    expected = (dense(P).repeat_interleave(2, 0).to(sums) + 1) * dense(Q).to(sums)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mirror, out.T)
+    dots = padded(6, 1, sums, zero=True)
+    tiles.row_dots(P, Q, dots, 2)
+    torch.testing.assert_close(dots[:, 0], (dense(P).repeat_interleave(2, 0).to(sums) * dense(Q).to(sums)).sum(1))
+    packed = padded(2, cols)
+    tiles.scale_rows(Q, S[:, :1], packed, 3)
+    exact = (S[:, :1] * dense(Q).to(sums)).view(2, 3, cols).sum(1).to(dtype)
+    torch.testing.assert_close(packed, exact, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    X = padded(6, cols, sums)
+    centred = reference.center(dense(X), 3, 2.0)
+    torch.testing.assert_close(kernels.center(X, 3, 2.0), centred)
+    x, masked = padded(6, cols), padded(6, cols)
+    kernels.apply_mask(x, streams, out=masked, **KEY)
+    assert torch.equal(masked, reference.apply_mask(dense(x), streams, **KEY))
+    basis, w, R = padded(6, cols), torch.randn(cols).to(dtype), torch.randn(6, 4, dtype=torch.float64)
+    rotated = dense(basis)
+    c = kernels.orthogonalize(basis, w.clone(), force=True)[0]
+    torch.testing.assert_close(c, dense(basis).double() @ w.double(), rtol=1e-5, atol=1e-5)
+    kernels.rotate(basis, R)
+    reference.rotate(rotated, R)
+    torch.testing.assert_close(basis, rotated, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    assert all(bool(padding.isnan().all()) for padding in made)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shift", [0, 3])
 def test_offsets_beyond_32_bits(dtype, shift):
     # Rows 2^32 elements and some apart: an index kept in 32 bits falls on another row or outside.
