@@ -147,7 +147,7 @@ class Two(nn.Module):
 
 def refused(model: nn.Module, loss: object = None) -> str:
     data = (torch.randn(4, 3), torch.randn(4, 2))
-    with pytest.raises(ValueError, match=r"ExactNoise: the exact covariance needs") as caught:
+    with pytest.raises(ValueError, match=r"ExactNoise: the problem must be one dropout, then a linear") as caught:
         ExactNoise(ds.Problem(model, loss or nn.MSELoss(), data))
     return str(caught.value)
 
@@ -155,12 +155,12 @@ def refused(model: nn.Module, loss: object = None) -> str:
 @pytest.mark.parametrize(
     ("model", "names"),
     [
-        (nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)), "without an active"),
+        (nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)), "no active dropout"),
         (
             nn.Sequential(nn.Dropout(0.2), nn.Linear(3, 5), nn.Tanh(), nn.Dropout(0.3), nn.Linear(5, 2)),
             "a second dropout, in module '3'",
         ),
-        (nn.Sequential(nn.Linear(3, 5), nn.Dropout(0.3), nn.Tanh(), nn.Linear(5, 2)), "does not enter an nn.Linear"),
+        (nn.Sequential(nn.Linear(3, 5), nn.Dropout(0.3), nn.Tanh(), nn.Linear(5, 2)), "that no linear map reads"),
         (nn.Sequential(nn.Linear(3, 5), nn.Dropout(0.3), nn.Linear(5, 2), nn.Softmax(1)), "something after the linear"),
         (Two(), "something after the linear"),
         (
@@ -182,6 +182,47 @@ def test_another_loss_is_refused_by_name() -> None:
     problem = ds.Problem(model, nn.CrossEntropyLoss(), (torch.randn(4, 3), torch.tensor([0, 1, 0, 1])))
     with pytest.raises(ValueError, match=r"got CrossEntropyLoss"):
         ExactNoise(problem)
+
+
+class Pooled(nn.Module):
+    """The features of a sequence, dropped out place by place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, 5), nn.Dropout(0.3), nn.Linear(5, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x[:, None].expand(-1, 4, -1))
+
+
+def test_the_noise_needs_flat_features() -> None:
+    data = (torch.randn(4, 3), torch.randn(4, 4, 2))
+    with pytest.raises(ValueError, match=r"got features of shape \(., 4, 5\), which must be \(rows, m\)"):
+        ExactNoise(ds.Problem(Pooled(), nn.MSELoss(), data))
+
+
+def test_the_target_is_what_the_loss_makes_of_it() -> None:
+    """Classes made one-hot within the loss, and an output that is a view of the read-out's result."""
+    generator = torch.Generator().manual_seed(0)
+    x, classes = torch.randn(6, 3, generator=generator, dtype=F64), torch.tensor([0, 1, 1, 0, 1, 0])
+    body = [nn.Linear(3, 4), nn.Tanh(), nn.Dropout(DROP)]
+    plain = nn.Sequential(*body, nn.Linear(4, 2)).double()
+    hot = F.one_hot(classes, 2).double()
+
+    def loss(f: Tensor, y: Tensor) -> Tensor:
+        return 1.5 * (f - F.one_hot(y, 2)).square().sum(1)
+
+    def same(f: Tensor, y: Tensor) -> Tensor:
+        return 1.5 * (f - y).square().sum(1)
+
+    pair = [ds.Problem(plain, loss, (x, classes)), ds.Problem(plain, same, (x, hot))]
+    one = nn.Sequential(*body, nn.Linear(4, 1)).double()
+    viewed = nn.Sequential(*one, nn.Flatten(0)).double()
+    views = [ds.Problem(one, nn.MSELoss(), (x, hot[:, 1:])), ds.Problem(viewed, nn.MSELoss(), (x, hot[:, 1]))]
+    for first, second in (pair, views):
+        for sharing in ("sample", "batch"):
+            a, b = (ExactNoise(problem, sharing).factors() for problem in (first, second))
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
 def test_the_model_is_left_as_it_was() -> None:

@@ -176,15 +176,17 @@ def test_what_has_no_closed_form_is_refused_by_name() -> None:
     X, y = torch.randn(6, 3), torch.randn(6, 2)
     body = [nn.Linear(3, 4), nn.Tanh()]
     refused = {
-        "squared": ds.Problem(nn.Sequential(*body, nn.Dropout(0.1), nn.Linear(4, 2)), nn.SmoothL1Loss(), (X, y)),
-        "second dropout": ds.Problem(
+        "got SmoothL1Loss": ds.Problem(
+            nn.Sequential(*body, nn.Dropout(0.1), nn.Linear(4, 2)), nn.SmoothL1Loss(), (X, y)
+        ),
+        "second dropout, in module '3'": ds.Problem(
             nn.Sequential(nn.Dropout(0.1), *body, nn.Dropout(0.1), nn.Linear(4, 2)), nn.MSELoss(), (X, y)
         ),
         "after the linear": ds.Problem(
             nn.Sequential(*body, nn.Dropout(0.1), nn.Linear(4, 2), nn.Tanh()), nn.MSELoss(), (X, y)
         ),
         "no active dropout": ds.Problem(nn.Sequential(*body, nn.Linear(4, 2)), nn.MSELoss(), (X, y)),
-        "no linear": ds.Problem(nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.1)), nn.MSELoss(), (X, y)),
+        "no linear map reads": ds.Problem(nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.1)), nn.MSELoss(), (X, y)),
         "another kind": ds.Problem(nn.Sequential(*body, nn.AlphaDropout(0.1), nn.Linear(4, 2)), nn.MSELoss(), (X, y)),
     }
     for what, problem in refused.items():

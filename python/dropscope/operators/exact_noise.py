@@ -1,9 +1,9 @@
 """The exact covariance of dropout noise, without sampling a mask, where dropout acts on the last hidden layer.
 
 For f = W((1 + η) ∘ h) + b and R = (c/2n) Σ_i ‖f_i - y_i‖², with u_r = W_r h_r the contribution of unit r,
-K_rs = (1/n) Σ_i ⟨u_r, u_s⟩, t_r = (1/n) Σ_i ⟨y_i - b, u_r⟩, η² = κ + γη:
+K_rs = (1/n) Σ_i ⟨u_r, u_s⟩, e = f - y without dropout, η² = κ + γη:
 
-    R^drop / c = E R^drop / c + Σ_r η_r φ_r + Σ_{r<s} η_r η_s K_rs,    φ_r = Σ_s K_rs - t_r + (γ/2) K_rr.
+    R^drop / c = E R^drop / c + Σ_r η_r φ_r + Σ_{r<s} η_r η_s K_rs,    φ_r = (1/n) Σ_i ⟨e_i, u_r⟩ + (γ/2) K_rr.
 
 The η_r and η_r η_s are orthogonal (a Walsh expansion), so that for a mask shared by all samples
 
@@ -26,7 +26,7 @@ from dropscope.masks import Sharing
 from dropscope.memory import budget, readable
 from dropscope.modes import dual
 from dropscope.operators.base import SymmetricOperator
-from dropscope.operators.read_out import Reader, ReadOut, find_form
+from dropscope.operators.read_out import ReadOut, ReadOutForm
 from dropscope.problem import Batch, Problem
 
 # Exact traces take a gradient for each factor: up to so many.
@@ -61,12 +61,12 @@ class ExactNoise(SymmetricOperator):
         if sharing not in ("sample", "batch"):
             raise ValueError(f"ExactNoise: sharing must be 'sample' or 'batch', got {sharing!r}")
         self.problem, self.sharing, self.memory = problem, sharing, memory
-        self.form = find_form(problem, "ExactNoise")
+        self.form = ReadOutForm(problem, "ExactNoise", "use method='sampled'")
+        self.scale = self.form.curvature * problem.scale
         self.keep, self.kappa = self.form.keep, self.form.kappa
         self.dim, self.dtype, self.device, self.blocks = problem.dim, problem.dtype, problem.device, problem.blocks
         pairs = self.form.units * (self.form.units + 1) // 2
         self.rank = pairs if sharing == "batch" else pairs * problem.n
-        self._reader = Reader("ExactNoise")
 
     def __repr__(self) -> str:
         return f"ExactNoise(dim={self.dim}, units={self.form.units}, keep={self.keep:.6g}, sharing={self.sharing!r})"
@@ -77,7 +77,7 @@ class ExactNoise(SymmetricOperator):
         slopes = [self._shared_slopes(v) for v in V.unbind(1)] if shared else []
         for batch in self.problem.batches():
             with torch.enable_grad():
-                read = self._reader.read(self.problem, batch)
+                read = self.form.read(batch)
                 for k, v in enumerate(V.unbind(1)):
                     weighted = (
                         self._weighted(*self._walsh(read), *slopes[k])
@@ -90,9 +90,7 @@ class ExactNoise(SymmetricOperator):
     def _walsh(self, read: ReadOut, n: int | None = None) -> tuple[Tensor, Tensor]:
         """A batch's part of φ (m,) and K (m, m)."""
         H, W, n = read.features, read.weight, n or self.problem.n
-        K = (W.T @ W) * (H.T @ H) / n
-        t = (H * (read.residual_target @ W)).sum(0) / n
-        return K.sum(1) - t + 0.5 * self.form.gamma * K.diagonal(), K
+        return self.form.linear(read).sum(0) / n, (W.T @ W) * (H.T @ H) / n
 
     def _shared_slopes(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """c²κφ̇ and c²κ²K̇ along v, the second strictly above the diagonal."""
@@ -101,7 +99,7 @@ class ExactNoise(SymmetricOperator):
             with forward_ad.dual_level(), torch.no_grad():
                 read = self._read_along(batch, v)
                 slopes = [total + _tangent(part) for total, part in zip(slopes, self._walsh(read), strict=True)]
-        factor = self.form.scale**2 * self.kappa
+        factor = self.scale**2 * self.kappa
         return factor * slopes[0], factor * self.kappa * slopes[1].triu(1)
 
     @staticmethod
@@ -113,14 +111,9 @@ class ExactNoise(SymmetricOperator):
         with forward_ad.dual_level(), torch.no_grad():
             read = self._read_along(batch, v)
             G = read.weight.T @ read.weight
-            phi = self._sample_phi(read, G)
+            phi = self.form.linear(read)
             values = (_primal(read.features), _primal(G))
             return *values, _tangent(read.features), _tangent(G), _tangent(phi)
-
-    def _sample_phi(self, read: ReadOut, G: Tensor) -> Tensor:
-        """φ of every sample by itself, (rows, m)."""
-        H = read.features
-        return H * (H @ G - read.residual_target @ read.weight + 0.5 * self.form.gamma * G.diagonal() * H)
 
     def _weighted_samples(self, read: ReadOut, h: Tensor, G0: Tensor, dh: Tensor, dG: Tensor, dphi: Tensor) -> Tensor:
         """What (φ̇, K̇) of every sample weight, in O(m²) memory: K_rs = G_rs h_r h_s, so that K̇ never has to stand.
@@ -132,15 +125,15 @@ class ExactNoise(SymmetricOperator):
         hh, dhh = h * H, dh * H
         pairs = (hh * (hh @ (dG * G))).sum() + 2.0 * (dhh * (hh @ (G0 * G))).sum()
         diagonal = (hh * hh * (dG * G).diagonal()).sum() + 2.0 * (dhh * hh * (G0 * G).diagonal()).sum()
-        factor = (self.form.scale / self.problem.n) ** 2 * self.kappa
-        first = (dphi * self._sample_phi(read, G)).sum()
+        factor = (self.scale / self.problem.n) ** 2 * self.kappa
+        first = (dphi * self.form.linear(read)).sum()
         return factor * (first + 0.5 * self.kappa * (pairs - diagonal))
 
     def _read_along(self, batch: Batch, v: Tensor) -> ReadOut:
         """The read-out of a batch as dual numbers along v, inside a dual level."""
         problem, parts = self.problem, self.problem.unflatten(v)
         duals = {name: dual(p.detach().clone(), parts[name]) for name, p in problem.params.items()}
-        return problem.substituted(duals, lambda: self._reader.read(problem, batch))
+        return problem.substituted(duals, lambda: self.form.read(batch))
 
     def _gradient(self, value: Tensor, keep: bool = False) -> Tensor:
         if not value.requires_grad:
@@ -159,26 +152,19 @@ class ExactNoise(SymmetricOperator):
             generator: of z, on the CPU; by default torch's own.
         """
         problem, m = self.problem, self.form.units
-        first, second = self.form.scale * math.sqrt(self.kappa), self.form.scale * self.kappa
         out = torch.zeros(self.dim, dtype=self.dtype, device=self.device)
 
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=self.dtype).to(self.device)
+        def normal(copies: int) -> Tensor:
+            return torch.randn(copies, m, m, generator=generator, dtype=self.dtype).to(self.device)
 
-        if self.sharing == "batch":
-            a, A = first * normal(m), second * normal(m, m).triu(1)
+        shared = normal(1) if self.sharing == "batch" else None
+        step = problem.n if shared is not None else max(1, (1 << 24) // m**2)  # samples whose numbers fit
         for batch in problem.batches():
-            with torch.enable_grad():
-                read = self._reader.read(problem, batch)
-                if self.sharing == "batch":
-                    out += self._gradient(self._weighted(*self._walsh(read), a, A))
-                    continue
-                G, H = read.weight.T @ read.weight, read.features
-                value = first * (normal(*H.shape) * self._sample_phi(read, G)).sum()
-                for h in torch.split(H, max(1, (1 << 24) // m**2)):
-                    inner = torch.einsum("irs,is->ir", normal(len(h), m, m).triu(1) * G, h)
-                    value = value + second * (h * inner).sum()
-                out += self._gradient(value / problem.n)
+            for start in range(0, batch.size, step):
+                with torch.enable_grad():
+                    read = self.form.read(batch.select(slice(start, start + step)))
+                    z = normal(read.rows) if shared is None else shared
+                    out += self._gradient(self.form.potential(read, z))
         return out
 
     def factor_columns(self) -> Iterator[Tensor]:
@@ -188,15 +174,15 @@ class ExactNoise(SymmetricOperator):
         """
         if self.sharing == "batch":
             with torch.enable_grad():
-                parts = [self._walsh(self._reader.read(self.problem, batch)) for batch in self.problem.batches()]
+                parts = [self._walsh(self.form.read(batch)) for batch in self.problem.batches()]
                 phi, K = (sum(part[i] for part in parts) for i in (0, 1))
-            yield self._columns(phi, K, self.form.scale)
+            yield self._columns(phi, K, self.scale)
             return
         for batch in self.problem.batches():
             for i in range(batch.size):
                 with torch.enable_grad():
-                    read = self._reader.read(self.problem, batch.select(slice(i, i + 1)))
-                    yield self._columns(*self._walsh(read, 1), self.form.scale / self.problem.n)
+                    read = self.form.read(batch.select(slice(i, i + 1)))
+                    yield self._columns(*self._walsh(read, 1), self.scale / self.problem.n)
 
     def _columns(self, phi: Tensor | int, K: Tensor | int, scale: float) -> Tensor:
         """Gradients of √κ φ_r and κ K_rs, r < s, as columns."""
@@ -246,36 +232,34 @@ class ExactNoise(SymmetricOperator):
         parts: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad():
             for batch in self.problem.batches():
-                read = self._reader.read(self.problem, batch)
+                read = self.form.read(batch)
                 if shared:
                     parts.append(self._walsh(read))
                     continue
                 G, square = read.weight.T @ read.weight, read.features.double().square()
-                phi = self._sample_phi(read, G).double()
+                phi = self.form.linear(read).double()
                 G2 = G.double().square()
                 pairs = (square * (square @ (G2 - torch.diag(G2.diagonal())))).sum()
                 total += float(phi.square().sum() + 0.5 * self.kappa * pairs) / self.problem.n**2
             if shared:
                 phi, K = (torch.stack([part[i].double() for part in parts]).sum(0) for i in (0, 1))
                 total = float(phi.square().sum() + self.kappa * K.triu(1).square().sum())
-        return self.form.scale**2 * self.kappa * total
+        return self.scale**2 * self.kappa * total
 
     def penalty(self) -> float:
         """R1 = E R^drop - R = c (κ/2) Tr K, arXiv:2207.05952."""
         with torch.no_grad():
-            reads = (self._reader.read(self.problem, batch) for batch in self.problem.batches())
-            trace = sum(float(self._walsh(read)[1].double().trace()) for read in reads)
-        return 0.5 * self.form.scale * self.kappa * trace
+            parts = [float(self.form.penalty(self.form.read(batch)).double()) for batch in self.problem.batches()]
+        return sum(parts) / self.problem.total_weight
 
     def mean_gradient(self) -> Tensor:
         """E ∇R^drop = ∇(R + R1), (dim,)."""
         out = torch.zeros(self.dim, dtype=self.dtype, device=self.device)
         for batch in self.problem.batches():
             with torch.enable_grad():
-                read = self._reader.read(self.problem, batch)
-                error = read.features @ read.weight.T - read.residual_target
-                value = 0.5 * (error.square().sum() / self.problem.n + self.kappa * self._walsh(read)[1].trace())
-                out += self._gradient(self.form.scale * value)
+                read = self.form.read(batch)
+                values, _ = self.problem.losses_of(read.output, read.target, read.rows)
+                out += self._gradient((values.sum() + self.form.penalty(read)) / self.problem.total_weight)
         return out
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from dropscope.masks import keep_probability
+from dropscope.operators.read_out import ReadOutForm
 from dropscope.training.flat_risk import FlatRisk
-from dropscope.training.readout import squared_curvature
 
 
 class Noise(ABC):
@@ -51,49 +51,34 @@ class Noise(ABC):
 class Walsh(Noise):
     """Dropout before a linear read-out, squared error: R^drop − L is a polynomial of degree two in η, exactly.
 
-    With u_r(x) = W_r h_r(x), e = f − y, K_rs = (c/W)Σᵢ⟨u_r, u_s⟩, γ = (1−2k)/k, η_r² = κ + γη_r:
-    R^drop = L + Σ_r η_r φ_r + Σ_{r<s} η_r η_s K_rs, φ_r = (c/W)Σᵢ⟨e, u_r⟩ + (γ/2)K_rr; the products of the η are
-    uncorrelated, so Σ = κ Σ_r ∇φ_r∇φ_rᵀ + κ² Σ_{r<s} ∇K_rs∇K_rsᵀ. The factors are gradients: with normal numbers in
-    place of the products of η, one backward pass of the sum is a sample of the noise.
+    The formulas are those of :class:`~dropscope.operators.read_out.ReadOutForm`: Σ is a sum of gradients' squares, so
+    that with normal numbers in place of the products of η one backward pass of the sum is a sample of the noise. Here
+    it is a function of θ, for many paths at once; products with Σ at one θ are
+    :class:`~dropscope.operators.exact_noise.ExactNoise`'s, which walks through the batches and cannot be mapped.
     """
 
     def __init__(self, risk: FlatRisk) -> None:
         super().__init__(risk)
-        self.curvature = squared_curvature(risk.problem, "simulate")
-        readout = risk.readouts(risk.theta)[0]
-        if readout.features.ndim != 2:
-            raise ValueError(f"simulate: exact noise needs features (batch, m), got {tuple(readout.features.shape)}")
-        self.width, self.kappa = readout.features.shape[1], readout.kappa
-        keep = keep_probability(readout.p)
-        self.gamma = (1.0 - 2.0 * keep) / keep
+        self.form = ReadOutForm(risk.problem, "simulate", "take noise='sampled'")
         self.copies = 1 if risk.sharing == "batch" else risk.problem.n
 
     def draw(self, paths: int, generator: torch.Generator, step: int) -> Tensor:  # noqa: ARG002
-        """z of φ on the diagonal, of K above it: (paths, copies, m, m), one copy a mask of its own."""
-        return self._normal(paths, self.copies, self.width, self.width, generator=generator)
+        """z of φ on the diagonal, of the pairs above it: (paths, copies, m, m), one copy a mask of its own."""
+        return self._normal(paths, self.copies, self.form.units, self.form.units, generator=generator)
 
     def mean(self, theta: Tensor, z: Tensor) -> Tensor:  # noqa: ARG002
         """R_S + R1."""
-        total = torch.zeros((), dtype=theta.dtype, device=theta.device)
-        for part in self.risk.readouts(theta):
-            values, _ = self.risk.problem.losses_of(part.output, part.target, part.rows)
-            squares = part.features.square().sum(0) @ part.weight.square().sum(0)
-            total = total + values.sum() + 0.5 * self.curvature * self.kappa * squares
-        return total / self.risk.problem.total_weight
+        problem, form = self.risk.problem, self.form
+        reads = self.risk.read_outs(theta, form)
+        parts = [problem.losses_of(r.output, r.target, r.rows)[0].sum() + form.penalty(r) for r in reads]
+        return torch.stack(parts).sum() / problem.total_weight
 
     def potential(self, theta: Tensor, z: Tensor) -> Tensor:
         """√κ Σ z_r φ_r + κ Σ_{r<s} z_rs K_rs, summed over the masks."""
-        first = math.sqrt(self.kappa) * z.diagonal(dim1=-2, dim2=-1)
-        second = self.kappa * z.triu(1)
-        total, start = torch.zeros((), dtype=theta.dtype, device=theta.device), 0
-        for part in self.risk.readouts(theta):
-            rows = slice(None) if self.copies == 1 else slice(start, start + part.rows)
-            start += part.rows
-            error = part.output - part.target
-            u = part.features[:, None, :] * part.weight  # (rows, outputs, m)
-            linear = (error[:, :, None] * u + 0.5 * self.gamma * u.square()).sum(1)
-            total = total + (linear * first[rows]).sum() + (u * torch.matmul(u, second[rows])).sum()
-        return total * self.curvature / self.risk.problem.total_weight
+        reads = self.risk.read_outs(theta, self.form)
+        copies = [z] * len(reads) if self.copies == 1 else torch.split(z, [read.rows for read in reads])
+        parts = [self.form.potential(read, copy) for read, copy in zip(reads, copies, strict=True)]
+        return torch.stack(parts).sum()
 
 
 class Enumerated(Noise):

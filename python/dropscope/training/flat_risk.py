@@ -14,10 +14,10 @@ from torch import Tensor
 from dropscope.intercept import Call, Handlers
 from dropscope.mask_op import keep_threshold, mask_rows
 from dropscope.masks import SHARED_SAMPLE, MaskKey, Sharing
+from dropscope.operators.read_out import ReadOut, ReadOutForm
 from dropscope.problem import Batch, Problem
 from dropscope.randomness import Generators
 from dropscope.replay import ELEMENTWISE, arguments, described, site_of
-from dropscope.training.readout import Readout, capture_readout
 
 
 class FlatRisk:
@@ -61,13 +61,10 @@ class FlatRisk:
         """The same under a mask given as zeros and ones, shape (units of all sites,), shared by all samples."""
         return self._values(theta, lambda call, start, _: self._given(call, kept, start))
 
-    def readouts(self, theta: Tensor) -> list[Readout]:
+    def read_outs(self, theta: Tensor, form: ReadOutForm) -> list[ReadOut]:
         """What stands around the network's one dropout, a batch each."""
         named = self.problem.unflatten(theta)
-        return [
-            self.problem.substituted(named, partial(capture_readout, self.problem, batch, "simulate"))
-            for batch in self.batches
-        ]
+        return [self.problem.substituted(named, partial(form.read, batch)) for batch in self.batches]
 
     def _values(self, theta: Tensor, answer: Callable[[Call, int, Batch], Any]) -> Tensor:
         named, parts = self.problem.unflatten(theta), []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from dropscope.masks import MaskKey, Sharing
 from dropscope.modes import twice_differentiable
+from dropscope.operators.read_out import ReadOutForm
 from dropscope.problem import Batch, Problem
-from dropscope.training.readout import capture_readout, squared_curvature
 
 Kind = Literal["R_S", "R_drop", "L1", "L2", "L3", "L4", "R_regu", "expected_gradnorm", "mean_iterate"]
 
@@ -115,7 +116,8 @@ class modified_loss:  # noqa: N801  called like a function, as torch.no_grad is
             raise ValueError(f"modified_loss: epsilon must be a positive number for {kind!r}, got {epsilon!r}")
         self.epsilon = 0.0 if epsilon is None else float(epsilon)
         problem.check(masks=True)
-        self._curvature = squared_curvature(problem, "modified_loss") if self._recipe.r1 else 0.0
+        if self._recipe.r1:
+            _ = self._form
 
     def __repr__(self) -> str:
         return f"modified_loss({self.kind!r}, epsilon={self.epsilon:g}, draws={self.draws}, seed={self.seed})"
@@ -152,13 +154,16 @@ class modified_loss:  # noqa: N801  called like a function, as torch.no_grad is
         Raises:
             ValueError: as the constructor does for kinds with R1.
         """
-        self._curvature = self._curvature or squared_curvature(self.problem, "modified_loss")
         parts = [self._with_penalty(part) for part in self._batches(batch)]
         return torch.stack([penalty for _, penalty, _ in parts]).sum() / torch.stack([w for *_, w in parts]).sum()
 
     def r2(self, step: int, batch: Any = None) -> Tensor:
         """R̃2 under the masks of a step: (ε/4)‖∇R^drop‖², averaged over the draws; differentiable."""
         return self.epsilon / 4.0 * self._norms_of_dropout(self._batches(batch), self._keys(step))[1]
+
+    @cached_property
+    def _form(self) -> ReadOutForm:
+        return ReadOutForm(self.problem, "modified_loss", "else take training.explicit_penalty", noise=False)
 
     def _keys(self, step: int) -> list[MaskKey]:
         return [MaskKey(self.seed, step * self.draws + m) for m in range(self.draws)]
@@ -186,11 +191,9 @@ class modified_loss:  # noqa: N801  called like a function, as torch.no_grad is
 
     def _with_penalty(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Σ sᵢ, W·R1 and Σ wᵢ of a batch from one forward pass."""
-        readout = capture_readout(self.problem, batch, "modified_loss")
-        values, weights = self.problem.losses_of(readout.output, readout.target, readout.rows)
-        squares = readout.features.square().reshape(-1, readout.weight.shape[1]).sum(0)
-        penalty = 0.5 * self._curvature * readout.kappa * (squares * readout.weight.square().sum(0)).sum()
-        return values.sum(), penalty, weights.sum()
+        read = self._form.read(batch)
+        values, weights = self.problem.losses_of(read.output, read.target, read.rows)
+        return values.sum(), self._form.penalty(read), weights.sum()
 
     def _norms_of_dropout(self, batches: list[Batch], keys: list[MaskKey]) -> tuple[Tensor, Tensor]:
         """R^drop and ‖∇R^drop‖², averaged over the draws."""
