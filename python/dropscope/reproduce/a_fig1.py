@@ -186,7 +186,7 @@ def plot(numbers: Mapping[str, Any]) -> Figure:
             left.errorbar(
                 steps, c["dropout"], c["dropout_stderr"], fmt="o", ms=3.5, color=color, label=f"dropout, p = {keep}"
             )
-            left.plot(steps, c["sde"], color=color, label="its modified equation")
+            left.plot(steps, c["sde"], color=color, label=f"modified equation, p = {keep}")
         left.set_xlabel("step")
         left.set_ylabel("risk, dropout off")
         log_axis(left, "y")
@@ -198,6 +198,7 @@ def plot(numbers: Mapping[str, Any]) -> Figure:
         right.set_ylabel(r"$\|E\,\Theta_T-E\,\theta_{T/\varepsilon}\|_2$")
         log_axis(right, "x")
         log_axis(right, "y")
+        right.set_ylim(top=8.0 * max(max(e["errors"]) for e in numbers["errors"].values()))  # room for the legend
         right.legend()
     return figure
 
