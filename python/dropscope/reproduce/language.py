@@ -41,7 +41,7 @@ class Size:
     rate: float = 20.0
     clip: float = 0.25
     epochs: int = 40
-    patience: int = 6
+    patience: int = 10
     least: int = 10
 
 
