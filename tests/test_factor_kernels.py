@@ -80,12 +80,18 @@ def test_gram_and_norms_equal_the_definition(shape, dtype, bias):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("bias", [False, True])
 def test_both_routes_of_a_long_gram_agree(monkeypatch, dtype, bias):
+    """The materialised one by slabs of two of six output units."""
+    monkeypatch.setattr("dropscope.kernels._gram._SLAB_BYTES", {"cpu": 1})
+    monkeypatch.setattr("dropscope.kernels._gram._FEWEST_UNITS", 2)
     A, B, _, _ = factors((20, 2, 5, 4, 6, 1), dtype)
     results = []
     for ghost in (False, True):
-        monkeypatch.setattr("dropscope.kernels.factors._ghost_is_cheaper", lambda *_, ghost=ghost: ghost)
+        monkeypatch.setattr("dropscope.kernels._gram._ghost_is_cheaper", lambda *_, ghost=ghost: ghost)
         results.append(torch.zeros(20, 20, dtype=dtype))
         kernels.gram(A, B, A, B, results[-1], bias=bias)
+        other = torch.zeros(20, 8, dtype=dtype)
+        kernels.gram(A, B, A[:4].clone(), B[:8].clone(), other, bias=bias)
+        assert_near(other, results[-1][:, :8], dtype)
     assert_near(*results, dtype)
 
 

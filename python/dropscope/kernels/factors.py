@@ -8,7 +8,6 @@ bfloat16 (relative error 2⁻⁹, independent between entries); elsewhere tiles 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -16,12 +15,10 @@ from torch import Tensor
 
 from dropscope import reference
 from dropscope.kernels import _tiles as tiles
+from dropscope.kernels._gram import Layer, add_gram, group_of
 from dropscope.kernels._launch import contiguous_rows, device_of
 
 __all__ = ["accumulate", "center", "gram", "gram_sum", "project", "sq_norms"]
-
-# A, B and whether the bias's gradient counts.
-Layer = tuple[Tensor, Tensor, bool]
 
 
 def _check_factors(name: str, A: Tensor, B: Tensor, label: str = "") -> None:
@@ -69,11 +66,6 @@ def _compiled(factors: tuple[Tensor, ...], others: tuple[Tensor, ...], sums: Ten
     return device_of(*factors, *others) is not None
 
 
-def _group(A: Tensor, B: Tensor) -> int:
-    """How many consecutive samples share a row of A."""
-    return B.shape[0] // A.shape[0]
-
-
 @torch.no_grad()
 def project(A: Tensor, B: Tensor, V: Tensor, out: Tensor) -> None:
     """Inner products of per-sample gradients with K matrices: out[i, k] += Σ_t b_itᵀ V_k a_it.
@@ -102,7 +94,7 @@ def project(A: Tensor, B: Tensor, V: Tensor, out: Tensor) -> None:
         out.copy_(sums)
         return
     dtype = tiles.product_dtype(A)
-    V, group = V.to(dtype), _group(A, B)
+    V, group = V.to(dtype), group_of(A, B)
     if group == 1 and A.shape[2] < B.shape[2]:  # the product is then narrower
         A, B, V = B, A, V.transpose(1, 2)
     steps, units = B.shape[1:]
@@ -142,7 +134,7 @@ def accumulate(A: Tensor, B: Tensor, S: Tensor, out: Tensor) -> None:
     if not _compiled((A, B), (S, out), out):
         reference.accumulate(A, B, S, out)
         return
-    group, (steps, units) = _group(A, B), B.shape[1:]
+    group, (steps, units) = group_of(A, B), B.shape[1:]
     S = S.to(torch.promote_types(A.dtype, torch.float32))
     S = S if contiguous_rows(S) else S.contiguous()
     dtype = tiles.product_dtype(A)
@@ -188,7 +180,7 @@ def gram(A: Tensor, B: Tensor, A2: Tensor, B2: Tensor, out: Tensor, *, bias: boo
     if not _compiled((A, B, A2, B2), (out,), out):
         reference.gram(A, B, A2, B2, out, bias=bias)
         return
-    _add_gram([(A, B, bias)], [(A2, B2, bias)], out)
+    add_gram([(A, B, bias)], [(A2, B2, bias)], out)
 
 
 @torch.no_grad()
@@ -214,85 +206,16 @@ def gram_sum(rows: Sequence[Layer], cols: Sequence[Layer], out: Tensor) -> None:
         return
     factors = [x for layer in (*rows, *cols) for x in layer[:2]]
     if _compiled(tuple(factors), (out,), out):
-        _add_gram(rows, cols, out)
+        add_gram(rows, cols, out)
         return
     for (A, B, bias), (A2, B2, _) in zip(rows, cols, strict=True):
         gram(A, B, A2, B2, out, bias=bias)
-
-
-def _add_gram(rows: Sequence[Layer], cols: Sequence[Layer], out: Tensor) -> None:
-    """Tiles of the Gram matrix, all layers of a tile while it is in cache; checked arguments."""
-    if not contiguous_rows(out):
-        sums = out.contiguous()
-        _add_gram(rows, cols, sums)
-        out.copy_(sums)
-        return
-    symmetric = all(_same(x[0], y[0]) and _same(x[1], y[1]) for x, y in zip(rows, cols, strict=True))
-    routes = [_ghost_is_cheaper(*x[:2], *y[:2]) for x, y in zip(rows, cols, strict=True)]
-    sizes = [_tile_size(side, routes) for side in (rows, cols)]
-    for i in range(0, out.shape[0], sizes[0]):
-        left = [_Operand(*x, i, sizes[0], ghost) for x, ghost in zip(rows, routes, strict=True)]
-        for j in range(0, i + 1 if symmetric else out.shape[1], sizes[1]):
-            right = left
-            if not symmetric or i != j:
-                right = [_Operand(*x, j, sizes[1], ghost) for x, ghost in zip(cols, routes, strict=True)]
-            tile = out[i : i + sizes[0], j : j + sizes[1]]
-            mirror = out[j : j + sizes[1], i : i + sizes[0]] if symmetric else None
-            if len(rows) == 1:
-                left[0].add_product(right[0], tile, mirror)
-                continue
-            total = torch.zeros_like(tile, memory_format=torch.contiguous_format)
-            for x, y in zip(left, right, strict=True):
-                x.add_product(y, total)
-            tiles.add(total, tile, mirror)
-
-
-def _tile_size(side: Sequence[Layer], routes: Sequence[bool]) -> int:
-    """Samples of a tile: so many rows of the longest ghost product, and whole groups of every layer."""
-    steps = max((layer[1].shape[1] for layer, ghost in zip(side, routes, strict=True) if ghost), default=1)
-    whole = math.lcm(*(_group(*layer[:2]) for layer in side))
-    rows = tiles.gram_samples(side[0][1])
-    return tiles.even_tile(side[0][1].shape[0], max(1, rows // steps), whole)
-
-
-class _Operand:
-    """A tile of samples of one layer: flat factors, or materialised gradients in b."""
-
-    def __init__(self, A: Tensor, B: Tensor, bias: bool, start: int, size: int, ghost: bool) -> None:
-        self.group, self.steps, self.bias, self.ghost = _group(A, B), B.shape[1], bias, ghost
-        dtype = tiles.product_dtype(A)
-        a, b = (x.to(dtype) for x in (A[start // self.group : (start + size) // self.group], B[start : start + size]))
-        if ghost:
-            self.a, self.b = tiles.flat_rows(a), tiles.flat_rows(b)
-        else:
-            self.b = _materialise(a.repeat_interleave(self.group, 0), b, bias)
-
-    def add_product(self, other: _Operand, out: Tensor, mirror: Tensor | None = None) -> None:
-        """Add the Gram tile of the two to out, and its transpose to mirror."""
-        Q = tiles.multiply(self.b, other.b.T)
-        if not self.ghost:
-            tiles.hadamard(None, Q, out, mirror)
-            return
-        P = tiles.multiply(self.a, other.a.T)
-        groups, steps = (self.group, other.group), (self.steps, other.steps)
-        tiles.hadamard(P, Q, out, mirror, groups=groups, steps=steps, shift=float(self.bias))
 
 
 def _materialise(A: Tensor, B: Tensor, bias: bool) -> Tensor:
     """Per-sample gradients (n, d_out · d_in), followed by the bias's (n, d_out)."""
     gradients = torch.bmm(B.transpose(1, 2), A).flatten(1)
     return torch.cat((gradients, B.sum(1)), 1) if bias else gradients
-
-
-def _same(x: Tensor, y: Tensor) -> bool:
-    return x is y or (x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride())
-
-
-def _ghost_is_cheaper(A: Tensor, B: Tensor, A2: Tensor, B2: Tensor) -> bool:
-    """Flops a pair of samples of both routes, materialising again for every tile."""
-    d_in, d_out, steps, steps2 = A.shape[2], B.shape[2], B.shape[1], B2.shape[1]
-    ghost = steps * steps2 * (d_in / _group(A, B) / _group(A2, B2) + d_out)
-    return ghost <= d_in * d_out * (1.0 + steps2 / min(tiles.gram_samples(B), B.shape[0]))
 
 
 @torch.no_grad()
@@ -316,7 +239,7 @@ def sq_norms(A: Tensor, B: Tensor, *, bias: bool = False) -> Tensor:
         return torch.zeros(0, dtype=torch.float64, device=B.device)
     if not _compiled((A, B), (), None):
         return reference.sq_norms(A, B, bias=bias)
-    group, (steps, units) = _group(A, B), B.shape[1:]
+    group, (steps, units) = group_of(A, B), B.shape[1:]
     out = torch.zeros((B.shape[0], 1), dtype=torch.float64, device=B.device)
     if steps == 1:
         shared = torch.zeros((A.shape[0], 1), dtype=torch.float64, device=A.device)

@@ -1,0 +1,128 @@
+"""Gram matrices of per-sample gradients from their factors: tile by tile, or by slabs of materialised gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from dropscope.kernels import _tiles as tiles
+from dropscope.kernels._launch import contiguous_rows
+
+# A, B and whether the bias's gradient counts.
+Layer = tuple[Tensor, Tensor, bool]
+# Bytes of the gradients of some output units, so that they stay near the processor, and the fewest of these units.
+_SLAB_BYTES, _FEWEST_UNITS = {"cpu": 16 << 20, "cuda": 256 << 20}, 16
+
+
+def group_of(A: Tensor, B: Tensor) -> int:
+    """How many consecutive samples share a row of A."""
+    return B.shape[0] // A.shape[0]
+
+
+def add_gram(rows: Sequence[Layer], cols: Sequence[Layer], out: Tensor) -> None:
+    """Layers by materialised gradients one by one, the others tile by tile together; checked arguments."""
+    if not contiguous_rows(out):
+        sums = out.contiguous()
+        add_gram(rows, cols, sums)
+        out.copy_(sums)
+        return
+    symmetric = all(_same(x[0], y[0]) and _same(x[1], y[1]) for x, y in zip(rows, cols, strict=True))
+    pairs = list(zip(rows, cols, strict=True))
+    ghost = [pair for pair in pairs if _ghost_is_cheaper(*pair[0][:2], *pair[1][:2])]
+    if ghost:
+        _add_ghosts([x for x, _ in ghost], [y for _, y in ghost], out, symmetric)
+    for x, y in pairs:
+        if not any(x is other for other, _ in ghost):
+            _add_materialised(x, y, out, symmetric)
+
+
+def _add_ghosts(rows: Sequence[Layer], cols: Sequence[Layer], out: Tensor, symmetric: bool) -> None:
+    """Tiles of the Gram matrix, all layers of a tile while it is in cache."""
+    sizes = [_tile_size(side) for side in (rows, cols)]
+    for i in range(0, out.shape[0], sizes[0]):
+        left = [_Operand(*x, i, sizes[0]) for x in rows]
+        for j in range(0, i + 1 if symmetric else out.shape[1], sizes[1]):
+            right = left if symmetric and i == j else [_Operand(*y, j, sizes[1]) for y in cols]
+            tile = out[i : i + sizes[0], j : j + sizes[1]]
+            mirror = out[j : j + sizes[1], i : i + sizes[0]] if symmetric else None
+            if len(rows) == 1:
+                left[0].add_product(right[0], tile, mirror)
+                continue
+            total = torch.zeros_like(tile, memory_format=torch.contiguous_format)
+            for x, y in zip(left, right, strict=True):
+                x.add_product(y, total)
+            tiles.add(total, tile, mirror)
+
+
+def _add_materialised(rows: Layer, cols: Layer, out: Tensor, symmetric: bool) -> None:
+    """Gradients of some output units at a time, each made once for the whole matrix."""
+    step = tiles.gram_samples(rows[1])
+    slabs = [_slabs(*rows, len(cols[1]))]
+    if not symmetric:
+        slabs.append(_slabs(*cols, len(rows[1])))
+    for parts in zip(*slabs, strict=True):
+        left, right = parts[0], parts[-1]
+        for i in range(0, len(left), step):
+            for j in range(0, i + 1 if symmetric else len(right), step):
+                to, at = slice(i, i + step), slice(j, j + step)
+                Q = tiles.multiply(left[to], right[at].T)
+                tiles.hadamard(None, Q, out[to, at], out[at, to] if symmetric else None)
+
+
+def _slabs(A: Tensor, B: Tensor, bias: bool, others: int) -> Iterator[Tensor]:
+    """Gradients (n, units · d_in) of a few output units after the other, then the bias's; each gone with the next.
+
+    The width of the slabs is that of the larger of the two sides, so that both have the same.
+    """
+    dtype = tiles.product_dtype(A)
+    A, B = A.to(dtype), B.to(dtype)
+    samples, steps, units = B.shape
+    n, group, d_in = len(A), group_of(A, B), A.shape[2]
+    width = max(_FEWEST_UNITS, _SLAB_BYTES[A.device.type] // (max(samples, others) * d_in * dtype.itemsize))
+    width = tiles.even_tile(units, width)
+    memory = torch.empty(samples * min(width, units) * d_in, dtype=dtype, device=A.device)
+    for first in range(0, units, width):
+        b = B[:, :, first : first + width]
+        # The draws that share a row of A are more output units of it.
+        b = b.reshape(n, group, steps, -1).transpose(2, 3).reshape(n, -1, steps)
+        slab = memory[: n * b.shape[1] * d_in].view(n, b.shape[1], d_in)
+        yield torch.bmm(b, A, out=slab).view(samples, -1)
+    if bias:
+        yield B.sum(1)
+
+
+def _tile_size(side: Sequence[Layer]) -> int:
+    """Samples of a tile: so many rows of the longest product, and whole groups of every layer."""
+    steps = max(B.shape[1] for _, B, _ in side)
+    whole = math.lcm(*(group_of(*layer[:2]) for layer in side))
+    return tiles.even_tile(side[0][1].shape[0], max(1, tiles.gram_samples(side[0][1]) // steps), whole)
+
+
+class _Operand:
+    """A tile of samples of one layer, as flat factors."""
+
+    def __init__(self, A: Tensor, B: Tensor, bias: bool, start: int, size: int) -> None:
+        self.group, self.steps, self.bias = group_of(A, B), B.shape[1], bias
+        dtype = tiles.product_dtype(A)
+        self.a = tiles.flat_rows(A[start // self.group : (start + size) // self.group].to(dtype))
+        self.b = tiles.flat_rows(B[start : start + size].to(dtype))
+
+    def add_product(self, other: _Operand, out: Tensor, mirror: Tensor | None = None) -> None:
+        """Add the Gram tile of the two to out, and its transpose to mirror."""
+        P, Q = tiles.multiply(self.a, other.a.T), tiles.multiply(self.b, other.b.T)
+        groups, steps = (self.group, other.group), (self.steps, other.steps)
+        tiles.hadamard(P, Q, out, mirror, groups=groups, steps=steps, shift=float(self.bias))
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    return x is y or (x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride())
+
+
+def _ghost_is_cheaper(A: Tensor, B: Tensor, A2: Tensor, B2: Tensor) -> bool:
+    """Flops a pair of samples of both routes, materialising each gradient once."""
+    d_in, d_out, steps, steps2 = A.shape[2], B.shape[2], B.shape[1], B2.shape[1]
+    ghost = steps * steps2 * (d_in / group_of(A, B) / group_of(A2, B2) + d_out)
+    return ghost <= d_in * d_out * (1.0 + steps / B2.shape[0] + steps2 / B.shape[0])
