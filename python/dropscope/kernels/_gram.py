@@ -14,7 +14,7 @@ from dropscope.kernels._launch import contiguous_rows
 # A, B and whether the bias's gradient counts.
 Layer = tuple[Tensor, Tensor, bool]
 # Bytes of the gradients of some output units, so that they stay near the processor, and the fewest of these units.
-_SLAB_BYTES, _FEWEST_UNITS = {"cpu": 16 << 20, "cuda": 256 << 20}, 16
+_SLAB_BYTES, _FEWEST_UNITS = {"cpu": 24 << 20, "cuda": 256 << 20}, 16
 
 
 def group_of(A: Tensor, B: Tensor) -> int:
