@@ -52,7 +52,7 @@ ENTRY = entry(
     "D-fig1",
     "Fig. 1",
     "validation perplexity degrades with the number of masks averaged",
-    2.5,
+    3.5,
     (
         K4,
         K8,

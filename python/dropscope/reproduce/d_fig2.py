@@ -36,7 +36,7 @@ ENTRY = entry(
     "D-fig2",
     "Fig. 2",
     "Dropout_4 with its noise put back is dropout",
-    2.0,
+    3.0,
     (
         K4,
         K4_AGAIN,

@@ -44,7 +44,7 @@ ENTRY = entry(
     "D-fig3",
     "Fig. 3",
     "the explicit penalty is better than many masks averaged and worse than dropout",
-    2.5,
+    3.5,
     (
         K8,
         EXPLICIT,

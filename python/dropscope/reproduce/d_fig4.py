@@ -36,7 +36,7 @@ ENTRY = entry(
     "D-fig4",
     "Fig. 4",
     "Dropout_4 with the implicit noise follows dropout",
-    2.5,
+    3.5,
     (
         K4,
         K4_NOISE,

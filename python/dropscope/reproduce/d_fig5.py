@@ -44,7 +44,7 @@ ENTRY = entry(
     "D-fig5",
     "Fig. 5",
     "explicit penalty and implicit noise together match dropout",
-    2.5,
+    3.0,
     (
         EXPLICIT,
         BOTH,
