@@ -127,7 +127,7 @@ ENTRY = Entry(
     paper="A",
     place="§5.2, alignment along training",
     title="Tr(HΣ) and the cosine of H and Σ against two nulls, followed along training",
-    minutes=1.5,
+    minutes=0.5,
     run=run,
     plot=plot,
 )

@@ -165,7 +165,7 @@ ENTRY = Entry(
     paper="A",
     place="§5.2, random gradient data",
     title="Noise variance against interval flatness: dropout, mini-batches, isotropic controls",
-    minutes=1.5,
+    minutes=0.5,
     run=run,
     plot=plot,
 )

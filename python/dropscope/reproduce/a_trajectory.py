@@ -134,7 +134,7 @@ ENTRY = Entry(
     paper="A",
     place="§5.2, random trajectory data",
     title="Variance of detrended trajectories against interval flatness: short and long windows, isotropic control",
-    minutes=2.0,
+    minutes=1.0,
     run=run,
     plot=plot,
 )

@@ -115,7 +115,7 @@ ENTRY = Entry(
     paper="A",
     place="§5.2, transformer",
     title="Noise, curvature and flatness on a small transformer",
-    minutes=1.0,
+    minutes=0.5,
     run=run,
     plot=plot,
 )

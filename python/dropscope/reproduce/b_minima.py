@@ -104,7 +104,7 @@ ENTRY = Entry(
     paper="B",
     place="flatness of the solutions",
     title="Flatness of minima found with and without dropout",
-    minutes=1.0,
+    minutes=0.5,
     run=run,
     plot=plot,
 )
