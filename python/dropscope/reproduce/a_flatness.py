@@ -20,7 +20,7 @@ LABELS = {
     "dropout": "dropout",
     "minibatch": "mini-batch",
     "gradient": "isotropic gradient",
-    "weights": "weight noise, no control",
+    "weights": "weight noise",
 }
 
 
