@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _KEEP = 0.9
+_LABELS = {"R_S": "plain", "R_drop": "dropout", "L1": "$R_S+R_1$"}
+_NOTE = "at first 4 trials, 6 numbers of samples and 8000 steps, shortened for the time"
 _PARAMETERS = 6  # of the teacher
 KINDS = {"R_S": "plain", "R_drop": "dropout", "L1": "R_S + R1"}
 
@@ -44,7 +46,7 @@ def _run(scale: Scale, width: int, trials: int, counts: Sequence[int], steps: in
             numbers[kind].append((nets(grid) - teacher(grid)).square().mean((1, 2)).tolist())
     setting = (
         f"teacher of 2 tanh neurons, student of width {width}, start N(0, m^-0.2), Adam {lr:g}, {steps} steps, "
-        f"p = {_KEEP:g}, {trials} trials, samples evenly spaced on [-12, 12]"
+        f"p = {_KEEP:g}, {trials} trials, samples evenly spaced on [-12, 12]; {_NOTE}"
     )
     return Findings(_claims(numbers), numbers, setting)
 
@@ -79,12 +81,14 @@ def plot(numbers: Mapping[str, Any]) -> Figure:
 
     with style():
         figure, axes = single(5.2, 3.4)
-        for (kind, label), color in zip(KINDS.items(), shades(len(KINDS)), strict=True):
+        for (kind, label), color in zip(_LABELS.items(), shades(len(KINDS)), strict=True):
             values = torch.tensor(numbers[kind], dtype=torch.float64)
             axes.plot(numbers["counts"], values.log().mean(1).exp().tolist(), "o-", ms=4, color=color, label=label)
             low, high = values.amin(1).tolist(), values.amax(1).tolist()
             axes.fill_between(numbers["counts"], low, high, color=color, alpha=0.2, linewidth=0)
-        axes.axvline(_PARAMETERS, color=FAINT, linestyle="--", linewidth=0.9, label="parameters of the teacher")
+        axes.axvline(_PARAMETERS, color=FAINT, linestyle="--", linewidth=0.9)
+        place = (_PARAMETERS + 0.1, 0.97)
+        axes.text(*place, "parameters of the teacher", transform=axes.get_xaxis_transform(), va="top", fontsize="small")
         axes.set_xlabel("training samples")
         axes.set_ylabel("test error (mean square)")
         log_axis(axes, "y")
