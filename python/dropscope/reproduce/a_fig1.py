@@ -95,7 +95,7 @@ def _run(
     setting = (
         f"(a) {n} images, 2-layer ReLU of width {width}, shared masks, learning rate {lr:g}, {steps} steps, {runs} "
         f"paths of each process; (b) 4-parameter tanh network, T = 1, {paths} paths, RK4 drift with h = ε/4, "
-        f"linearised fluctuation as control variate; {_NOTE}"
+        f"linearised fluctuation as control variate{scale.small(_NOTE)}"
     )
     return Findings(_claims(numbers), numbers, setting)
 

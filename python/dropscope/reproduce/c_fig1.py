@@ -83,7 +83,7 @@ def _run(scale: Scale, width: int, seeds: int, tasks: Mapping[str, Task]) -> Fin
     setting = (
         f"2-layer networks of width {width}, start N(0, m^-0.2), Adam, p = {_KEEP:g}, {seeds} seeds: tanh on 14 "
         f"points, {tasks['tanh'].steps} steps; ReLU on 6 points, {tasks['relu'].steps} steps; learning rate "
-        f"{tasks['tanh'].lr:g}, mean squared error; {_NOTE}"
+        f"{tasks['tanh'].lr:g}, mean squared error{scale.small(_NOTE)}"
     )
     return Findings(_claims(numbers), numbers, setting)
 

@@ -27,7 +27,7 @@ def _run(scale: Scale, setting: Setting, keep: float) -> Findings:
     numbers: dict[str, Any] = {kind: (100 * run.accuracy).tolist() for kind, run in runs.items()}
     numbers["diverged"] = [kind for kind, run in runs.items() if not bool(torch.isfinite(run.risk).all())]
     data, _, _ = tensors(scale, setting.n)
-    return Findings(_claims(numbers), numbers, f"{data.name}: {setting}, p = {keep:g}; {CHOSEN}")
+    return Findings(_claims(numbers), numbers, f"{data.name}: {setting}, p = {keep:g}{scale.small(CHOSEN)}")
 
 
 def _claims(numbers: Mapping[str, Any]) -> tuple[Claim, ...]:

@@ -40,7 +40,8 @@ def _run(scale: Scale, setting: Setting, keep: float) -> Findings:
         # A network that diverged is apart from every other.
         barriers[f"{first}-{second}"] = torch.where(rise.isfinite(), rise, 1e30).tolist()
     numbers = {"alphas": alphas.tolist(), "lines": lines, "barriers": barriers}
-    return Findings(_claims(numbers), numbers, f"{data.name}: {setting}, p = {keep:g}; 41 points a line; {CHOSEN}")
+    line = f"{data.name}: {setting}, p = {keep:g}; 41 points a line{scale.small(CHOSEN)}"
+    return Findings(_claims(numbers), numbers, line)
 
 
 def _claims(numbers: Mapping[str, Any]) -> tuple[Claim, ...]:

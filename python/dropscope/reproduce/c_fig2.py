@@ -34,7 +34,7 @@ def _run(scale: Scale, setting: Setting, keeps: Sequence[float]) -> Findings:
             "r1": [r.r1.tolist() for r in runs],
         }
     data, _, _ = tensors(scale, setting.n)
-    return Findings(_claims(numbers), numbers, f"{data.name}: {setting}; {CHOSEN}")
+    return Findings(_claims(numbers), numbers, f"{data.name}: {setting}{scale.small(CHOSEN)}")
 
 
 def _claims(numbers: Mapping[str, Any]) -> tuple[Claim, ...]:

@@ -46,7 +46,7 @@ def _run(scale: Scale, width: int, trials: int, counts: Sequence[int], steps: in
             numbers[kind].append((nets(grid) - teacher(grid)).square().mean((1, 2)).tolist())
     setting = (
         f"teacher of 2 tanh neurons, student of width {width}, start N(0, m^-0.2), Adam {lr:g}, {steps} steps, "
-        f"p = {_KEEP:g}, {trials} trials, samples evenly spaced on [-12, 12]; {_NOTE}"
+        f"p = {_KEEP:g}, {trials} trials, samples evenly spaced on [-12, 12]{scale.small(_NOTE)}"
     )
     return Findings(_claims(numbers), numbers, setting)
 

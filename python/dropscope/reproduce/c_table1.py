@@ -129,7 +129,8 @@ def _run(scale: Scale, n: int, sequences: int, seeds: int, factor: float) -> Fin
             found[kind] = {key: [r[key] for r in runs] for key in runs[0]}
         numbers["networks"][name] = found
     setting = "; ".join(f"{name}: {job.name}, Adam {job.lr:g}, {job.steps} steps" for name, job in jobs.items())
-    return Findings(_claims(numbers), numbers, f"{setting}; full batch, {seeds} seeds, 5 random lines each; {_NOTE}")
+    setting += f"; full batch, {seeds} seeds, 5 random lines each{scale.small(_NOTE)}"
+    return Findings(_claims(numbers), numbers, setting)
 
 
 def _train(job: Job, kind: Any, seed: int, alphas: list[float], progress: bool) -> dict[str, Any]:

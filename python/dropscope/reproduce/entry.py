@@ -29,6 +29,10 @@ class Scale:
     seed: int = 0
     progress: bool = False
 
+    def small(self, note: str) -> str:
+        """What to add to a setting of how its small scale was chosen; nothing at the full one."""
+        return "" if self.full else f"; {note}"
+
 
 @dataclass(frozen=True)
 class Claim:
