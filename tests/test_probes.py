@@ -162,3 +162,52 @@ def test_a_model_that_interpolates_passes_the_probes():
         return 1e-6 + 1e-8 * len(y) + 1e-9 * F.cross_entropy(out, y, reduction="none")
 
     Problem(net(), loss, (X, Y)).check(masks=True)
+
+
+class Scaled(torch.autograd.Function):
+    """The identity, with a backward pass that is off by a factor."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, slope):
+        return ctx.factor * slope, None
+
+
+class TestKinks:
+    """Networks of ReLUs at a large start in float32: kinks lie within the steps of the gradient probe."""
+
+    def problem(self, seed, scale, factor=1.0):
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.wide, self.out = nn.Linear(8, 50), nn.Linear(50, 3)
+
+            def forward(self, x):
+                h = self.wide(x).relu()
+                return self.out(h if factor == 1.0 else Scaled.apply(h, factor))
+
+        generator = torch.Generator().manual_seed(seed)
+        model = Net()
+        for p in model.parameters():
+            p.data = scale * torch.randn(p.shape, generator=generator)
+        X, y = torch.randn(6, 8, generator=generator), torch.randn(6, 3, generator=generator)
+        return Problem(model, nn.MSELoss(), (X, y))
+
+    @pytest.mark.parametrize("scale", [3.0, 100.0])
+    def test_a_right_gradient_passes(self, scale):
+        for seed in range(30):
+            self.problem(seed, scale).check()
+
+    @pytest.mark.parametrize("factor", [0.5, 0.8])
+    def test_a_wrong_gradient_does_not(self, factor):
+        refused = 0
+        for seed in range(20):
+            with contextlib.suppress(ValueError):
+                self.problem(seed, 3.0, factor).check()
+                continue
+            refused += 1
+        assert refused >= 18  # a kink at the start itself, to rounding, leaves slopes of both sides to choose from

@@ -78,7 +78,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak = 0
         self._seen: dict[int, tuple[StorageWeakRef, int]] = {}  # those that may be alive; a reference keeps its address
         self._total = 0
-        self._known: set[int] = set()  # storages from outside
+        self._known: dict[int, StorageWeakRef] = {}  # storages from outside; a reference keeps their addresses too
 
     def __torch_dispatch__(
         self,
@@ -88,8 +88,8 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         for storage in _storages((args, kwargs)):
-            if storage._cdata not in self._seen:
-                self._known.add(storage._cdata)
+            if storage._cdata not in self._seen and storage._cdata not in self._known:
+                self._known[storage._cdata] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
         out = func(*args, **(kwargs or {}))
         for storage in _storages(out):
             if storage._cdata not in self._known and storage._cdata not in self._seen:

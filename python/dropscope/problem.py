@@ -342,7 +342,6 @@ class Problem:
         result: T = torch.func.functional_call(_Shell(self.model), named, (fn,))
         return result
 
-    @torch.inference_mode(False)
     def check(self, masks: bool = False) -> None:
         """Run the probes on a few samples, then read the data once for n and W; nothing the second time.
 
@@ -352,6 +351,11 @@ class Problem:
         Raises:
             ValueError: if the model and the data do not make one risk; the message says what failed and what it means.
         """
+        if self._weight is None or (masks and not self._masks_probed):  # else this costs a product nothing
+            self._check(masks)
+
+    @torch.inference_mode(False)
+    def _check(self, masks: bool) -> None:
         if self._weight is None:
             self.sample = next(iter(self.data)).select(slice(0, probes.SAMPLES))
             probes.run(self, self.sample, masks=False)

@@ -9,7 +9,8 @@ from contextlib import nullcontext
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch._utils import _unflatten_dense_tensors  # one call where views one by one would cost a small product more
 
 from dropscope import kernels
 from dropscope.masks import MaskKey
@@ -17,6 +18,7 @@ from dropscope.memory import Live, budget, readable
 from dropscope.modes import fast_bfloat16, twice_differentiable
 from dropscope.operators.base import SymmetricOperator
 from dropscope.operators.blocks import LEAST, BlockPlan, try_block
+from dropscope.operators.fingerprint import Fingerprint
 from dropscope.problem import Batch, Problem
 
 
@@ -39,8 +41,8 @@ class Graph(Protocol):
 class GraphOperator(SymmetricOperator):
     """Σ over batches of a product through the batch's graph; the sum over keys is a mean.
 
-    A subclass defines :meth:`_build`. The operator follows the model: graphs are dropped when a parameter or buffer
-    changes.
+    A subclass defines :meth:`_build`. The operator follows the model: every product first looks whether a parameter
+    or buffer changed, by the :class:`~dropscope.operators.fingerprint.Fingerprint`, and drops the graphs if so.
 
     Attributes:
         peak: the most bytes that graphs and the products through them have taken, by the count of tensors alive.
@@ -63,8 +65,9 @@ class GraphOperator(SymmetricOperator):
             raise ValueError(f"{name}: block must be a positive int or None, got {block!r}")
         self.dim, self.dtype, self.device, self.blocks = problem.dim, problem.dtype, problem.device, problem.blocks
         self.peak = 0
+        self._shapes = [p.detach().new_empty(()).expand(p.shape) for p in problem.params.values()]  # without memory
         self._kept: dict[tuple[int, int], tuple[Graph, int]] = {}  # with its bytes
-        self._taken_at: object = None
+        self._taken_at: Fingerprint | None = None  # the model that the graphs are of
         self._size = 0.0  # bytes of a graph per element of its batch, measured on the first
         self._work = 0.0  # bytes that building it or a product through it takes besides, per element
         self._columns = None if block is None else BlockPlan(block, "as asked for")
@@ -124,26 +127,27 @@ class GraphOperator(SymmetricOperator):
     def _held(self) -> int:
         return sum(size for _, size in self._kept.values())
 
-    @torch.inference_mode(False)
     def _matmat(self, V: Tensor) -> Tensor:
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                return self._matmat(V.clone())
         problem = self.problem
         problem.check(masks=self.keys[0] is not None)
-        state = _state(problem.model)
-        if state != self._taken_at:
+        if self._taken_at is None or self._taken_at.outdated():
             self.close()
-            self._taken_at = state
+            self._taken_at = Fingerprint(problem.model)
         rows = V.T.contiguous()
         wide = torch.float32 if self.dtype in (torch.float16, torch.bfloat16) else self.dtype
         out = torch.zeros(rows.shape, dtype=wide, device=self.device)
         work = self.dim * problem.n / (problem.data.count or 1)
-        with twice_differentiable(problem.model, self.device), kernels.faster_products(work):
+        with kernels.faster_products(work):
             self._add(rows, out)
         return out.T.to(self.dtype)
 
     def _add(self, rows: Tensor, out: Tensor) -> None:
         """Add the products with the rows to the rows of out."""
         parameters = list(self.problem.params.values())
-        vectors, images = [self._parts(v) for v in rows], [self._parts(image) for image in out]
+        vectors, images = [self._parts(v) for v in rows.unbind()], [self._parts(image) for image in out.unbind()]
         for graph, size, keep in self._graphs():
             if self._columns is None and len(vectors) >= LEAST:
                 self._columns = try_block(
@@ -155,14 +159,12 @@ class GraphOperator(SymmetricOperator):
             for start in range(0, len(vectors), width):
                 end = min(start + width, len(vectors))
                 together = end - start > 1
-                vs = [torch.stack(parts) for parts in zip(*vectors[start:end], strict=True)]
-                product = graph.product(
-                    parameters, vs if together else vectors[start], keep=keep or end < len(vectors), batched=together
-                )
-                parts = [] if product is None else [part.detach() for part in product]
+                vs = [torch.stack(c) for c in zip(*vectors[start:end], strict=True)] if together else vectors[start]
+                product = graph.product(parameters, vs, keep=keep or end < len(vectors), batched=together)
+                parts: Sequence[Tensor] = () if product is None else product
                 del product
                 if parts and not together:
-                    torch._foreach_add_(images[start], parts)
+                    torch._foreach_add_(images[start], list(parts))
                 for j in (
                     range(start, end) if parts and together else ()
                 ):  # a part that depends on no parameter is zero, and comes without columns
@@ -186,9 +188,7 @@ class GraphOperator(SymmetricOperator):
 
     def _parts(self, v: Tensor) -> list[Tensor]:
         """Views of a flat vector in the parameters' shapes."""
-        parameters = self.problem.params.values()
-        pieces = v.split_with_sizes([p.numel() for p in parameters])
-        return [piece.view(p.shape) for piece, p in zip(pieces, parameters, strict=True)]
+        return list(_unflatten_dense_tensors(v, self._shapes))  # type: ignore[no-untyped-call]
 
     def _graphs(self) -> Iterator[tuple[Graph, int, bool]]:
         """Yield each batch's graph under each key, its bytes, and whether it stays."""
@@ -229,7 +229,7 @@ class GraphOperator(SymmetricOperator):
         autocast = nullcontext() if self._lowered is None else torch.autocast(self.device.type, self._lowered)
         counted = nullcontext(None) if self._size else Live()
         with torch.enable_grad(), counted as live:
-            with autocast:
+            with autocast, twice_differentiable(self.problem.model, self.device):
                 graph = self._build(batch, key, weight)
             if live is not None:
                 size = live.alive()
@@ -259,21 +259,3 @@ def mask_keys(
     if not isinstance(draws, int) or draws < 1:
         raise ValueError(f"{function}: draws must be an int >= 1, got {draws!r}")
     return [MaskKey(seed, draw) for draw in range(draws)]
-
-
-def _state(model: nn.Module) -> object:
-    """What changes whenever a parameter or buffer does: addresses, versions, and sums of the bits."""
-    tensors = [t.detach() for group in (model.parameters(), model.buffers()) for t in group]
-    where = tuple((t.data_ptr(), t._version) for t in tensors)
-    sums = [_bits(t).sum() for t in tensors if t.element_size() in _WORDS and t.numel()]
-    return where, tuple(torch.stack(sums).tolist()) if sums else ()
-
-
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _bits(t: Tensor) -> Tensor:
-    """The tensor's bits as integers; as long ones where they can be, for torch sums these ten times faster."""
-    if t.is_contiguous() and t.numel() * t.element_size() % 8 == 0 and t.data_ptr() % 8 == 0:
-        return t.view(-1).view(torch.int64)
-    return t.reshape(-1).view(_WORDS[t.element_size()])

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from dropscope.masks import MaskKey
-from dropscope.modes import dual
+from dropscope.modes import dual, twice_differentiable
 from dropscope.operators.base import SymmetricOperator
 from dropscope.operators.blocks import BlockPlan
 from dropscope.operators.graphs import Graph, GraphOperator
@@ -25,8 +25,10 @@ class Hessian(GraphOperator):
 
     H v = Σ_b ∇⟨∇R_b, v⟩, R_b being batch b's part of R (Pearlmutter 1994). The graph of ∇R_b is built once and kept
     while the kept graphs fit ``memory``; the others are rebuilt in every product. A product through a kept graph costs
-    1.5 to 2 gradients, through a rebuilt one 2.6 to 3.3. The operator follows the model: graphs are dropped when a
-    parameter or buffer changes. Where an operation has no double backward, products are taken forward over reverse.
+    1.5 to 2 gradients, through a rebuilt one 2.6 to 3.3. The operator follows the model: every product first looks
+    whether a parameter or buffer changed, be it by an optimizer, by hand or through ``.data``, and drops the graphs if
+    so; only a write through ``.data`` or numpy that leaves the sum of a tensor's bits as it was (entries permuted) is
+    not noticed. Where an operation has no double backward, products are taken forward over reverse.
 
     Args:
         problem: whose risk.
@@ -131,7 +133,8 @@ class Hessian(GraphOperator):
         """Central difference of Σ∇s over the samples of the probes."""
         problem, ends = self.problem, []
         for sign in (1.0, -1.0):
-            with problem.displaced(v * (sign * step)), torch.enable_grad():
+            kernels = twice_differentiable(problem.model, self.device)
+            with problem.displaced(v * (sign * step)), torch.enable_grad(), kernels:
                 values, _ = problem.raw_losses(problem.sample, key)
                 grads = torch.autograd.grad(values.sum(), list(problem.params.values()), materialize_grads=True)
                 ends.append(problem.flatten(grads))
@@ -140,7 +143,8 @@ class Hessian(GraphOperator):
     def _tangents(self, batch: Batch, key: MaskKey | None, v: Tensor) -> list[Tensor | None]:
         """Derivative of Σ∇s along v: the gradient of dual numbers."""
         problem = self.problem
-        with forward_ad.dual_level(), torch.enable_grad():
+        kernels = twice_differentiable(problem.model, self.device)
+        with forward_ad.dual_level(), torch.enable_grad(), kernels:
             duals = {
                 name: dual(p.detach().clone().requires_grad_(), part)
                 for (name, p), part in zip(problem.params.items(), self._parts(v), strict=True)
