@@ -66,11 +66,11 @@ def test_is_the_hessian_of_a_linear_model_and_of_vanishing_residuals():
 def test_draws_are_averaged_and_memory_bounded():
     problem = cases.CASES["mlp"].problem(batch_size=3)
     alone = torch.stack([GaussNewton(problem, MaskKey(4, m)).to_dense() for m in range(2)])
-    G = GaussNewton(problem, draws=2, seed=4)
+    G = GaussNewton(problem, draws=2, seed=4, block=1)  # a trial by the clock would decide the last bits
     torch.testing.assert_close(G.to_dense(), alone.mean(0), rtol=0, atol=1e-14)
     assert len(G._kept) == 8
     size = sum(size for _, size in G._kept.values())
-    small = GaussNewton(problem, draws=2, seed=4, memory=size // 2)
+    small = GaussNewton(problem, draws=2, seed=4, memory=size // 2, block=1)
     assert torch.equal(small.to_dense(), G.to_dense())
     assert 0 < len(small._kept) < 8
 
@@ -97,7 +97,7 @@ def test_outputs_that_are_not_tensors():
     plain = cases.CASES["mlp"].problem()
     model, data = plain.model, plain.data._tensors
     wrapped = Problem(model, nn.CrossEntropyLoss(), data, batch_size=4, forward=lambda m, b: Output(m(b[0])))
-    assert torch.equal(GaussNewton(wrapped).to_dense(), GaussNewton(plain).to_dense())
+    assert torch.equal(GaussNewton(wrapped, block=1).to_dense(), GaussNewton(plain, block=1).to_dense())
     pair = Problem(
         model,
         lambda out, y: F.cross_entropy(out["a"] + out["b"], y, reduction="none"),
