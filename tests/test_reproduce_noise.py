@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from dropscope._files import plain
-from dropscope.reproduce import Scale, a_alignment, a_exact, a_flatness, a_trajectory, ab_transformer, b_minima
+from dropscope.reproduce import Scale, a_alignment, a_exact, a_gradient, a_trajectory, a_transformer, b_minima
 
 TINY = {
-    a_flatness: {"seeds": 2, "n": 60, "steps": 3, "count": 12, "k": 4},
+    a_gradient: {"seeds": 2, "n": 60, "steps": 3, "count": 12, "k": 4},
     a_trajectory: {"seeds": 2, "n": 40, "steps": 3, "count": 12, "runs": 2, "k": 4},
     a_alignment: {"seeds": 2, "n": 40, "at": (1, 3), "k": 3, "draws": 4},
     a_exact: {"seeds": 2, "widths": (2, 4), "n": 3},
-    ab_transformer: {"seeds": 2, "sequences": 6, "length": 6, "width": 8, "steps": 2, "draws": 4, "k": 3},
+    a_transformer: {"seeds": 2, "sequences": 6, "length": 6, "width": 8, "steps": 2, "draws": 4, "k": 3},
     b_minima: {"seeds": 2, "n": 40, "steps": 3, "directions": 2},
 }
 
@@ -38,11 +38,11 @@ def test_verdicts_follow_the_numbers() -> None:
             ("dropout", -1.5, -0.95), ("minibatch", -1.4, -0.6), ("gradient", 0.01, 0.1), ("weights", -4.0, -1.0),
         )
     }  # fmt: skip
-    verdicts = [c.verdict for c in a_flatness._claims({"noises": noises, "slopes_e": [-1.52, -1.48]})]
+    verdicts = [c.verdict for c in a_gradient._claims({"noises": noises, "slopes_e": [-1.52, -1.48]})]
     assert verdicts == ["reproduced", "partly", "reproduced", "reproduced"]
     noises["dropout"] = [{"slope": 0.5, "r": 0.9}] * 2
     noises["gradient"] = [{"slope": -1.0, "r": -0.9}] * 2
-    verdicts = [c.verdict for c in a_flatness._claims({"noises": noises, "slopes_e": [0.5, 0.5]})]
+    verdicts = [c.verdict for c in a_gradient._claims({"noises": noises, "slopes_e": [0.5, 0.5]})]
     assert verdicts[0] == "not reproduced"
     assert verdicts[3] == "not reproduced"
     short, long = [{"slope": -2.5, "r": -0.7}, {"slope": -2.3, "r": -0.7}], [{"slope": 2.0, "r": 0.5}] * 2

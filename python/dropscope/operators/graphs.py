@@ -161,19 +161,9 @@ class GraphOperator(SymmetricOperator):
                 together = end - start > 1
                 vs = [torch.stack(c) for c in zip(*vectors[start:end], strict=True)] if together else vectors[start]
                 product = graph.product(parameters, vs, keep=keep or end < len(vectors), batched=together)
-                parts: Sequence[Tensor] = () if product is None else product
+                if product is not None:
+                    _accumulate(product, images[start:end], parameters)
                 del product
-                if parts and not together:
-                    torch._foreach_add_(images[start], list(parts))
-                for j in (
-                    range(start, end) if parts and together else ()
-                ):  # a part that depends on no parameter is zero, and comes without columns
-                    columns = [
-                        part[j - start] if part.dim() > p.dim() else part
-                        for part, p in zip(parts, parameters, strict=True)
-                    ]
-                    torch._foreach_add_(images[j], columns)
-                del parts
             del graph  # before the next is built
 
     def _width(self, size: int, kept: bool) -> int:
@@ -237,6 +227,18 @@ class GraphOperator(SymmetricOperator):
                 graph.product(list(self.problem.params.values()), ones, keep=True)
                 self._size, self._work = max(1, size) / batch.elements, (live.peak - size) / batch.elements
         return graph, int(self._size * batch.elements)
+
+
+def _accumulate(product: Sequence[Tensor], images: Sequence[list[Tensor]], parameters: Sequence[Tensor]) -> None:
+    """Add each column of a product to its image, by parameter."""
+    if len(images) == 1:
+        torch._foreach_add_(images[0], list(product))
+        return
+    for j, image in enumerate(images):
+        # A part that depends on no parameter is zero, and comes without columns.
+        torch._foreach_add_(
+            image, [part[j] if part.dim() > p.dim() else part for part, p in zip(product, parameters, strict=True)]
+        )
 
 
 def mask_keys(

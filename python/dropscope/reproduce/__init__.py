@@ -10,11 +10,11 @@ from dropscope.reproduce.entry import Scale as Scale
 # The modules that hold an ENTRY, in the order in which they are listed and run.
 MODULES: tuple[str, ...] = (
     "a_fig1",
-    "a_flatness",
+    "a_gradient",
     "a_trajectory",
     "a_alignment",
     "a_exact",
-    "ab_transformer",
+    "a_transformer",
     "b_minima",
     "c_fig1",
     "c_fig2",

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import dropscope
 from dropscope import _files
@@ -78,7 +78,7 @@ def run(entry: Entry, scale: Scale, out: Path) -> Record:
         claims=findings.claims,
         numbers=_files.plain(findings.numbers),
         seconds=round(time.perf_counter() - started, 1),
-        scale={"full": scale.full, "data": str(scale.data) if scale.data else None, "seed": scale.seed},
+        scale=_plain(scale),
         provenance=provenance(f"dropscope reproduce {entry.name}{_options(scale)}"),
     )
     _files.write_json(out / FOLDER / f"{entry.name}.json", record)
@@ -95,11 +95,9 @@ def draw(entry: Entry, record: Record, out: Path) -> Path:
 def finished(entry: Entry, scale: Scale, out: Path) -> Record | None:
     """The record of an earlier run of this version with the same scale, or None."""
     record = next((r for r in records(out) if r.name == entry.name), None)
-    wanted = {"full": scale.full, "data": str(scale.data) if scale.data else None, "seed": scale.seed}
-    same = record is not None and record.scale == wanted
-    return (
-        record if same and _release(cast("Record", record).provenance["dropscope"]) == dropscope.__version__ else None
-    )
+    if record is None or record.scale != _plain(scale):
+        return None
+    return record if record.provenance["dropscope"].split(" ")[0] == dropscope.__version__ else None
 
 
 def records(out: Path) -> list[Record]:
@@ -113,8 +111,8 @@ def records(out: Path) -> list[Record]:
     return found
 
 
-def _release(version: str) -> str:
-    return version.split(" ")[0]
+def _plain(scale: Scale) -> dict[str, Any]:
+    return {"full": scale.full, "data": str(scale.data) if scale.data else None, "seed": scale.seed}
 
 
 def _options(scale: Scale) -> str:
