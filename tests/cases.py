@@ -320,3 +320,28 @@ class Matrix(ds.SymmetricOperator):
     def _matmat(self, V: Tensor) -> Tensor:
         self.count += V.shape[1]
         return self.M @ V if self.M.ndim == 2 else self.M[:, None] * V
+
+
+def random_vector(problem, *columns, seed=0):
+    return torch.randn(problem.dim, *columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
+        problem.dtype
+    )
+
+
+class Bowl(nn.Module):
+    """A risk offset + ½ Σ c_j θ_j² + Σ d_j θ_j³ whose base point is the origin."""
+
+    def __init__(self, curvature: list[float], cubic: list[float] | None = None) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.zeros(len(curvature), dtype=torch.float64))
+        self.register_buffer("curvature", torch.tensor(curvature, dtype=torch.float64))
+        self.register_buffer("cubic", torch.tensor(cubic or [0.0] * len(curvature), dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.5 * (self.curvature * self.theta**2).sum() + (self.cubic * self.theta**3).sum()
+
+
+def bowl(curvature: list[float], offset: float = 0.5, cubic: list[float] | None = None) -> Problem:
+    return Problem(
+        Bowl(curvature, cubic), lambda out, _: out, (torch.full((4,), offset, dtype=torch.float64), torch.zeros(4))
+    )

@@ -1,4 +1,4 @@
-"""DropoutK, the explicit penalty and the implicit noise against their definitions, in float64."""
+"""The explicit penalty and the implicit noise against their definitions, in float64."""
 
 import gc
 import itertools
@@ -230,78 +230,6 @@ def test_one_pass_for_both_has_the_mean_of_the_penalty_and_the_covariance_of_the
     assert sum(noises) / math.sqrt(2) == pytest.approx(float(noise.detach()), rel=1e-12)
 
 
-def gradients_over_keys(step, model, count):
-    return torch.stack([flat_gradient(step(ds.MaskKey(5, draw)), model) for draw in range(count)])
-
-
-@pytest.mark.parametrize(("k", "reinject", "share"), [(4, False, 0.25), (4, True, 1.0)])
-def test_the_covariance_of_dropout_k(k, reinject, share):
-    """Trace against that of one mask, within 3 standard errors: a false alarm of 0.3 % at a fixed seed."""
-    model, (x, y) = mlp(), batch()
-    samples, count = torch.arange(3), 300
-
-    def trace(k, reinject):
-        step = training.DropoutK(model, k, reinject=reinject)
-        G = gradients_over_keys(lambda key: step(lambda: F.mse_loss(model(x), y), samples, key=key), model, count)
-        squares = (G - G.mean(0)).square().sum(1) * count / (count - 1)
-        return float(squares.mean()), float(squares.std()) / math.sqrt(count)
-
-    (one, error), (many, other) = trace(1, False), trace(k, reinject)
-    assert abs(many - share * one) < 3 * math.hypot(other, share * error)
-
-
-def test_dropout_k_is_the_mean_over_its_masks_and_computes_the_prefix_once():
-    model, (x, y) = mlp(), batch()
-    calls = []
-    model[0].weight.register_hook(lambda _: calls.append(1))
-    step = training.DropoutK(model, 3)
-    value = step(lambda: F.mse_loss(model(x), y), torch.arange(3), key=KEY)
-    value.backward()
-    shared = [p.grad.clone() for p in model.parameters()]
-    nodes = _nodes(value)
-    assert sum("TanhBackward" in name for name in nodes) == 1
-    assert sum("AddmmBackward" in name for name in nodes) == 1 + 3
-    model.zero_grad()
-    total = 0.0
-    for j in range(3):
-        key = ds.MaskKey(derived(KEY.seed, f"mask {j}") if j else KEY.seed, KEY.draw)
-        with ds.replay_dropout(key, torch.arange(3), model=model):
-            total = total + F.mse_loss(model(x), y) / 3
-    total.backward()
-    assert float(value.detach()) == pytest.approx(float(total.detach()), rel=1e-15)
-    for mine, p in zip(shared, model.parameters(), strict=True):
-        torch.testing.assert_close(mine, p.grad, rtol=1e-13, atol=1e-16)
-
-
-def _nodes(value):
-    """Names of the graph's nodes, each once."""
-    seen, todo = {}, [value.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in seen:
-            seen[node] = node.name()
-            todo.extend(parent for parent, _ in node.next_functions)
-    return list(seen.values())
-
-
-def test_dropout_k_computes_again_what_a_pass_has_changed():
-    """A counter of the model's own that grows with every pass is no shared prefix."""
-
-    class Counting(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("passes", torch.zeros(()))
-            self.drop = nn.Dropout(0.5)
-
-        def forward(self, x):
-            self.passes += 1
-            return (self.drop(x) * 0 + self.passes).mean()
-
-    model = Counting()
-    value = training.DropoutK(model, 2)(lambda: model(torch.ones(2, 3)), torch.arange(2), key=KEY)
-    assert float(value) == 1.5
-
-
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_transformer_has_every_site_and_its_penalty_falls(causal):
     torch.manual_seed(0)
@@ -385,30 +313,6 @@ def test_class_weights_and_ignored_labels_are_heeded():
     assert float(again.detach()) == pytest.approx(float(whole.detach()), rel=1e-13)
 
 
-@pytest.mark.parametrize(("bidirectional", "batch_first"), list(itertools.product((False, True), repeat=2)))
-def test_the_lstm_and_its_two_derivatives_are_torchs(bidirectional, batch_first):
-    from dropscope.training.recurrent import lstm
-
-    torch.manual_seed(0)
-    layer = nn.LSTM(3, 4, 2, bidirectional=bidirectional, batch_first=batch_first).double()
-    weights, rows = list(layer._flat_weights), 2 * (1 + bidirectional)
-    x = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
-    batch = 2 if batch_first else 5
-    hx = [torch.randn(rows, batch, 4, dtype=torch.float64, requires_grad=True) for _ in "hc"]
-    options = {"biases": True, "layers": 2, "bidirectional": bidirectional, "batch_first": batch_first}
-    results = []
-    for ours in (True, False):
-        if ours:
-            outputs = lstm(x, hx, weights, **options, between=lambda out: out)
-        else:
-            outputs = torch.lstm(x, hx, weights, True, 2, 0.0, True, bidirectional, batch_first)
-        first = torch.autograd.grad(sum((o * o).sum() for o in outputs), [x, *hx, *weights], create_graph=True)
-        second = torch.autograd.grad(sum(g.pow(3).sum() for g in first), [x, *hx, *weights])
-        results.append([*outputs, *first, *second])
-    for mine, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-13)
-
-
 def test_the_curvature_of_the_true_labels_is_the_square_of_the_loss_slope():
     model, (x, _) = mlp(outputs=3), batch()
     y = torch.tensor([2, 0, 1])
@@ -433,42 +337,6 @@ def test_the_identity_in_place_of_the_curvature_by_enumeration_of_signs(monkeypa
         )
     wanted = sites.found[0].variance / 2 * (model[:2](x) * model[3].weight).square().sum() / 3
     assert float(torch.stack(values).mean().detach()) == pytest.approx(float(wanted.detach()), rel=1e-12)
-
-
-class OtherLstm(nn.Module):
-    """An LSTM on packed rows or with projections, with dropout between its layers and on its output."""
-
-    def __init__(self, form):
-        super().__init__()
-        self.form, width = form, 2 if form == "projected" else 3
-        self.lstm = nn.LSTM(3, 3, 2, dropout=0.3, batch_first=True, proj_size=2 if form == "projected" else 0)
-        self.drop, self.out = nn.Dropout(0.3), nn.Linear(width, 3)
-
-    def forward(self, x):
-        if self.form == "projected":
-            return self.out(self.drop(self.lstm(x)[0]))
-        rows = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([1, 2]), batch_first=True, enforce_sorted=False)
-        return self.out(self.drop(nn.utils.rnn.pad_packed_sequence(self.lstm(rows)[0], batch_first=True)[0]))
-
-
-@pytest.mark.parametrize("form", ["packed", "projected"])
-def test_lstms_of_other_forms_have_the_gauss_newton_penalty_of_their_dropout(form, monkeypatch):
-    torch.manual_seed(0)
-    model, x = OtherLstm(form).double(), torch.randn(2, 2, 3, dtype=torch.float64)
-    sites, output = recorded(model, x)
-    assert [site.name for site in sites] == ["lstm#0", "drop#0"]
-    torch.testing.assert_close(output, model.eval()(x), rtol=1e-12, atol=1e-14)
-    logits, y = output.flatten(0, 1), torch.tensor([0, 1, 2, 2])
-    p, mean = logits.softmax(-1).detach(), 0.0
-    for labels in itertools.product(range(3), repeat=4):
-        chosen = torch.tensor(labels)
-        at = p.gather(1, chosen[:, None])[:, 0]
-        labels_forced(monkeypatch, p.cumsum(1).gather(1, chosen[:, None])[:, 0] - at / 2)
-        value = training.explicit_penalty(sites, F.cross_entropy, logits, y, key=KEY).detach()
-        mean += float(at.prod() * value)
-    assert mean == pytest.approx(float(dense_penalty(sites, logits).detach()), rel=1e-12)
-    noise = training.implicit_noise(sites, F.cross_entropy(logits, y), key=KEY)
-    assert all(float(g.norm()) > 0 for g in torch.autograd.grad(noise, list(model.lstm.parameters())))
 
 
 def test_refusals():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+T = TypeVar("T")
 Params = str | nn.Parameter | Iterable[str | nn.Parameter]
 
 
@@ -67,3 +69,22 @@ def _select(
     if not ids:
         raise ValueError("Problem: params must name at least one parameter, got none")
     return {name: p for name, p in every.items() if id(p) in ids}
+
+
+def with_tensors(model: nn.Module, tensors: Mapping[str, Tensor], fn: Callable[[], T]) -> T:
+    """Call ``fn`` with tensors in place of the model's parameters of these names."""
+    named = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    result: T = torch.func.functional_call(_Shell(model), named, (fn,))
+    return result
+
+
+class _Shell(nn.Module):
+    """Holds the model so that functional_call can swap its parameters around any function."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+
+    def forward(self, fn: Callable[[], T]) -> T:
+        return fn()

@@ -17,7 +17,7 @@ from dropscope.intercept import Handler, Interceptor
 from dropscope.losses import Loss, SampleLoss
 from dropscope.masks import MaskKey, Sharing, make_streams, replay_streams
 from dropscope.modes import mode
-from dropscope.parameters import Params, choose
+from dropscope.parameters import Params, choose, with_tensors
 
 __all__ = ["Batch", "Problem"]
 
@@ -338,9 +338,7 @@ class Problem:
         Returns:
             What ``fn`` returns.
         """
-        named = {f"model.{name}": tensor for name, tensor in tensors.items()}
-        result: T = torch.func.functional_call(_Shell(self.model), named, (fn,))
-        return result
+        return with_tensors(self.model, tensors, fn)
 
     def check(self, masks: bool = False) -> None:
         """Run the probes on a few samples, then read the data once for n and W; nothing the second time.
@@ -382,18 +380,6 @@ class Problem:
             f"{name:<{width}}  {tuple(p.shape)!s:<16}  {self.routes.get(name, 'not measured yet')}"
             for name, p in self.params.items()
         )
-
-
-class _Shell(nn.Module):
-    """Holds the model so that functional_call can swap its parameters around any function."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.training = model.training
-
-    def forward(self, fn: Callable[[], T]) -> T:
-        return fn()
 
 
 def finite_sum(values: Tensor, batch: Batch) -> float:

@@ -126,7 +126,6 @@ def train(method: Method, seed: int, size: Size, scale: Scale) -> dict[str, Any]
         ``valid`` and ``train``: perplexities by epoch, the latter of the epoch's own losses as trained; for dropout and
         what has a penalty or noise in its place also ``fidelity``: :func:`fidelity` of the model after its last epoch.
     """
-    torch.set_num_threads(1)
     corpus = text(scale, size.train, size.held, size.vocabulary)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
@@ -236,7 +235,9 @@ def runs(methods: Sequence[Method], seeds: int, size: Size, scale: Scale, worker
             results: Iterator[dict[str, Any]] = (train(*job) for job in missing)
             _collect(missing, results, bar)
         elif missing:
-            with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            with ProcessPoolExecutor(
+                workers, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+            ) as pool:
                 _collect(missing, pool.map(train, *zip(*missing, strict=True)), bar)
     found: dict[str, Any] = {}
     for job in jobs:
