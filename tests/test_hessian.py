@@ -194,6 +194,24 @@ def test_an_interruption_leaves_a_working_operator():
     assert torch.equal(H @ v, Hessian(problem) @ v)
 
 
+@pytest.mark.parametrize("wrap", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_weight_norm_has_its_second_derivative(wrap, dim):
+    """The double backward of torch's own kernel is wrong, and not even symmetric."""
+    torch.manual_seed(0)
+    hidden = wrap(nn.Linear(3, 4), dim=dim)
+    model = nn.Sequential(hidden, nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 2)).double()
+    X, y = torch.randn(7, 3, dtype=torch.float64), torch.randint(0, 2, (7,))
+    problem, key, step = Problem(model, nn.CrossEntropyLoss(), (X, y), batch_size=4), MaskKey(1), 1e-5
+    for v in torch.eye(problem.dim, dtype=torch.float64)[::3]:
+        ends = []
+        for sign in (1, -1):
+            with problem.displaced(sign * step * v):
+                ends.append(problem.gradient(key))
+        torch.testing.assert_close(Hessian(problem, key) @ v, (ends[0] - ends[1]) / (2 * step), rtol=1e-6, atol=1e-8)
+
+
 class Once(torch.autograd.Function):
     """exp without a second backward pass, but with a forward derivative."""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
+import dropscope as ds
 from dropscope.factors.blocks import DenseBlock, FactorBlock
 from dropscope.factors.chunk import Chunk
 from dropscope.factors.eigen import leading_eigenpairs
@@ -154,3 +156,16 @@ def test_bad_input():
             leading_eigenpairs(chunked(chunks, 2), k, dim)
     with pytest.raises(ValueError, match="precision must be 'full' or 'bf16', got 'half'"):
         leading_eigenpairs(chunked(chunks, 2), 1, dim, precision="half")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_parameters_do_not_lower_the_rank(dtype):
+    """Vectors are rounded to the parameters' dtype, values are not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 2)).to(dtype)
+    problem = ds.Problem(model, nn.CrossEntropyLoss(), (torch.randn(7, 3).to(dtype), torch.randint(0, 2, (7,))))
+    with ds.GradientNoise(problem, draws=4) as noise:
+        pairs, dense = noise.eigsh(5), noise.dropout.to_dense().double()
+    expected = torch.linalg.eigvalsh(dense).flip(0)[:5]
+    assert pairs.status is ds.EigenStatus.CONVERGED
+    torch.testing.assert_close(pairs.values, expected, rtol=0, atol=0.02 * float(expected[0]))

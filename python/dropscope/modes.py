@@ -5,16 +5,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
 
 _SPECTRAL = getattr(nn.utils.parametrizations, "_SpectralNorm", _NormBase)
 # In train mode these couple the samples of a batch, or write to their buffers.
 _COUPLING: tuple[type[nn.Module], ...] = (_NormBase, _SPECTRAL)
+_WEIGHT_NORM: type = getattr(nn.utils.parametrizations, "_WeightNorm", WeightNorm)
 
 
 @contextmanager
@@ -38,12 +42,32 @@ def mode(model: nn.Module, train: bool) -> Iterator[None]:
 
 @contextmanager
 def twice_differentiable(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Run a block in kernels that have a second derivative: attention by plain products, RNNs without cuDNN."""
+    """Run a block in kernels with a right second derivative: plain attention and weight norm, RNNs without cuDNN."""
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if any(map(_weight_normed, model.modules())):
+            stack.enter_context(_PlainWeightNorm())
         if device.type == "cuda" and any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         yield
+
+
+def _weight_normed(module: nn.Module) -> bool:
+    hooks = module._forward_pre_hooks.values()  # where torch's older weight_norm lives
+    return isinstance(module, _WEIGHT_NORM) or any(isinstance(hook, WeightNorm) for hook in hooks)
+
+
+class _PlainWeightNorm(TorchFunctionMode):
+    """Weight norm by elementary operations: the second derivative of torch's fused one is wrong, without an error."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._weight_norm:
+            return _plain_weight_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _plain_weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 def fast_bfloat16(device: torch.device) -> bool:

@@ -13,6 +13,7 @@ from dropscope.estimate import Estimate
 from dropscope.factors import Chunk, FactorBlock, Table
 from dropscope.factors.eigen import Precision, Verify, leading_eigenpairs
 from dropscope.operators import noise_statistics as statistics
+from dropscope.operators.covariance import work_dtype
 from dropscope.spectral import Eigenpairs, EigenStatus, eigsh
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ def noise_eigenpairs(
 
 def _with_rank(pairs: NoiseEigenpairs) -> NoiseEigenpairs:
     """Eigenvalues that are rounding of the largest are zeros, and the status says that the rank was met."""
-    zero = pairs.values <= 1e2 * torch.finfo(pairs.vectors.dtype).eps * float(pairs.values.max())
+    eps = torch.finfo(work_dtype(pairs.vectors.dtype)).eps  # of the sums: rounded vectors leave the values alone
+    zero = pairs.values <= 1e2 * eps * float(pairs.values.max())
     if not bool(zero.any()) or pairs.status is not EigenStatus.CONVERGED:
         return pairs
     return replace(pairs, values=torch.where(zero, 0.0, pairs.values), status=EigenStatus.RANK)
