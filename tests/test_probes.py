@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import cases
+import dropscope as ds
 from cases import Custom, net, state
 from dropscope.masks import MaskKey, replay_dropout
 from dropscope.problem import Problem
@@ -46,6 +47,12 @@ with warnings.catch_warnings():
         return F.dropout(x, 0.5, training)
 
 
+def clip(module, out, x):
+    with torch.no_grad():
+        module.map.weight.clamp_(-0.1, 0.1)
+    return module.map(x)
+
+
 PROBES = [
     (Custom(lambda m, out, x: F.dropout(out, 0.5)), None, "repeat bit for bit in eval mode.*random numbers"),
     (Custom(remember), None, "repeat bit for bit.*keeps a state"),
@@ -64,6 +71,7 @@ PROBES = [
     (Custom(straight_through), None, "must be the derivative of the loss"),
     (Custom(lambda m, out, x: out.detach()), None, "must depend on the parameters, got losses without a graph"),
     (Custom(count), None, r"must not write to buffers, got a change of \['count'\]"),
+    (Custom(clip), None, r"must not write to parameters, got a change of \['map.weight'\]"),
     (Custom(lambda m, out, x: hidden_dropout(out, True)), None, r"random numbers.*: here aten.bernoulli_.float$"),
     (Custom(lambda m, out, x: hidden_dropout(out, m.training)), MaskKey(0), r"CPU.*behind it: here aten.bernoulli_.fl"),
     (
@@ -211,3 +219,47 @@ class TestKinks:
                 continue
             refused += 1
         assert refused >= 18  # a kink at the start itself, to rounding, leaves slopes of both sides to choose from
+
+
+class Padded(nn.Module):
+    """Tokens of which the last kind is padding; the table may also be the read-out."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.table, self.drop = nn.Embedding(5, 4, padding_idx=4), nn.Dropout(0.3)
+        self.out = nn.Linear(4, 5, bias=False)
+        if tied:
+            self.out.weight = self.table.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.out(self.drop(self.table(ids).mean(1)).tanh())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_of_padding_are_held_fixed_as_torch_does(tied):
+    torch.manual_seed(0)
+    model = Padded(tied).double()
+    ids = torch.randint(0, 5, (7, 3))
+    ids[:3, -1] = 4
+    problem = Problem(model, nn.CrossEntropyLoss(), (ids, ids[:, 0]), batch_size=4)
+    row = problem.blocks["table.weight"]
+    row = slice(row.stop - 4, row.stop)
+    H = ds.Hessian(problem, MaskKey(1)).to_dense()
+    torch.testing.assert_close(H, cases.dense_hessian(problem, MaskKey(1)), rtol=0, atol=1e-14)
+    torch.testing.assert_close(H, H.T, rtol=0, atol=1e-15)
+    with ds.GradientNoise(problem, draws=4) as noise:
+        W = noise.dropout.to_dense()
+    rows = cases.sample_gradients(problem, 0, 4)
+    c = rows - rows.mean(1, keepdim=True)
+    torch.testing.assert_close(W, torch.einsum("imp,imq->pq", c, c) / 3 / 7**2, rtol=0, atol=1e-14)
+    if not tied:
+        assert H[row].norm() == W[row].norm() == 0
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_a_table_that_rescales_its_rows_is_refused_before_it_does(kind):
+    model = nn.Sequential(kind(5, 4, max_norm=0.5), nn.Flatten())
+    before = model[0].weight.detach().clone()
+    with pytest.raises(ValueError, match=r"must not write to parameters, got '0' with max_norm=0\.5"):
+        Problem(model, nn.CrossEntropyLoss(), (torch.zeros(3, 1, dtype=torch.long), torch.zeros(3, dtype=torch.long)))
+    assert torch.equal(model[0].weight, before)

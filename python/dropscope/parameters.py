@@ -18,9 +18,16 @@ def choose(model: nn.Module, params: Params | None) -> dict[str, nn.Parameter]:
 
     Raises:
         TypeError: if a parameter is not of a floating dtype, or the dtypes differ.
-        ValueError: if nothing is chosen or trainable, a name is unknown, or the devices differ.
+        ValueError: if nothing is chosen or trainable, a name is unknown, the devices differ, or a forward pass would
+            write to a parameter.
     """
     every = dict(model.named_parameters())
+    for name, module in model.named_modules():
+        if getattr(module, "max_norm", None) is not None and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            raise ValueError(
+                f"Problem: the forward pass must not write to parameters, got {name!r} with max_norm="
+                f"{module.max_norm}: a pass rescales the rows that it uses; set max_norm=None to measure"
+            )
     for name, p in every.items():
         if isinstance(p, nn.parameter.UninitializedParameter):
             raise ValueError(f"Problem: parameters must be initialised, got lazy {name!r}: run the model once before")

@@ -42,11 +42,15 @@ def run(problem: Problem, batch: Batch, *, masks: bool) -> None:
 
 
 def repeat(problem: Problem, batch: Batch, key: MaskKey | None) -> None:
-    """The same batch twice gives the same bits, wherever the random generators stand."""
+    """The same batch twice gives the same bits, wherever the random generators stand, and writes to no parameter."""
+    versions = [(name, p, p._version) for name, p in problem.model.named_parameters()]
     try:
         first = _values(problem, batch, key)
     except HiddenDrawError as error:
         raise ValueError(f"{error}{_drawn(problem, batch, key)}") from error
+    written = [name for name, p, version in versions if p._version != version]
+    if written:
+        raise ValueError(f"Problem: the forward pass must not write to parameters, got a change of {written}")
     torch.default_generator.manual_seed(1)
     if problem.device.type == "cuda":
         torch.cuda.default_generators[problem.device.index or 0].manual_seed(1)
@@ -136,6 +140,7 @@ def gradient(problem: Problem, batch: Batch) -> None:
     directions = [signs * size]
     if norm > 0:
         directions.append(g / norm * size.double().norm().to(g.dtype))
+    directions = [_without_paddings(problem, v) for v in directions]
     eps = torch.finfo(values.dtype).eps
     loss = float(values.detach().double().sum())
     rounding = 50 * eps * float((values.detach().double().abs() + 1).sum())
@@ -161,6 +166,17 @@ def gradient(problem: Problem, batch: Batch) -> None:
                 f"central difference of {found:.6g}: part of the forward pass is detached, rounded, or has a "
                 "backward pass that is not its derivative"
             )
+
+
+def _without_paddings(problem: Problem, v: Tensor) -> Tensor:
+    """Zero, in place, the rows of paddings: torch holds them fixed, though the loss depends on them."""
+    parts = problem.unflatten(v)
+    for module in problem.model.modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.padding_idx is not None:
+            for name, p in problem.params.items():
+                if p is module.weight:
+                    parts[name][module.padding_idx] = 0.0
+    return v
 
 
 def _slopes(problem: Problem, batch: Batch, v: Tensor, step: float, loss: float) -> tuple[float, float]:
