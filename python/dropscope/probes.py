@@ -43,14 +43,19 @@ def run(problem: Problem, batch: Batch, *, masks: bool) -> None:
 
 def repeat(problem: Problem, batch: Batch, key: MaskKey | None) -> None:
     """The same batch twice gives the same bits, wherever the random generators stand, and writes to no parameter."""
-    versions = [(name, p, p._version) for name, p in problem.model.named_parameters()]
+    before = [(name, p, p._version, p.detach().clone()) for name, p in problem.model.named_parameters()]
     try:
         first = _values(problem, batch, key)
     except HiddenDrawError as error:
         raise ValueError(f"{error}{_drawn(problem, batch, key)}") from error
-    written = [name for name, p, version in versions if p._version != version]
+    written = [(name, p, copy) for name, p, version, copy in before if p._version != version]
+    del before
     if written:
-        raise ValueError(f"Problem: the forward pass must not write to parameters, got a change of {written}")
+        with torch.no_grad():
+            for _, p, copy in written:
+                p.copy_(copy)
+        names = [name for name, _, _ in written]
+        raise ValueError(f"Problem: the forward pass must not write to parameters, got a change of {names}")
     torch.default_generator.manual_seed(1)
     if problem.device.type == "cuda":
         torch.cuda.default_generators[problem.device.index or 0].manual_seed(1)
