@@ -56,6 +56,7 @@ def test_commands_print_text(command: str, says: str, sound: Path) -> None:
     got = run(command, sound, "-k", 3, "--quiet")
     assert got.exit_code == 0, got.output
     assert says in got.stdout
+    assert "Estimate(" not in got.stdout
 
 
 def test_the_numbers_are_those_of_the_library(sound: Path) -> None:

@@ -53,7 +53,7 @@ def spectrum(
         )
     ]
     table = Table("Leading eigenvalues", ["", "eigenvalue", "residual", "converged"], rows, f"Status: {top.status}")
-    summary = f"{problem!r}\nrisk {number(risk, 6)}   Tr H {with_error(total)}   mean λ {density.moment(1)!r}"
+    summary = f"{problem!r}\nrisk {number(risk, 6)}   Tr H {with_error(total)}   mean λ {with_error(density.moment(1))}"
     plates = [
         Plate(
             "Spectral density of the Hessian",

@@ -135,8 +135,11 @@ def gradient(problem: Problem, batch: Batch) -> None:
             raise ValueError(
                 "Problem: losses must depend on the parameters, got losses without a graph (detach, no_grad, argmax?)"
             )
+        if not bool(torch.isfinite(values).all()):
+            return  # the passes over the data name batch and sample
         grads = torch.autograd.grad(values.sum(), parameters, materialize_grads=True)
     g = problem.flatten(grads).detach()
+    problem.require_finite(g, batch)
     size = problem.flatten([torch.full_like(p, float(p.detach().double().square().mean().sqrt())) for p in parameters])
     size = size.masked_fill(size == 0, 1.0)
     generator = torch.Generator().manual_seed(0)
