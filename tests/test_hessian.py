@@ -290,6 +290,8 @@ def test_float32_and_bfloat16():
         ({"masks": 3}, TypeError, "masks must be a MaskKey or None, got int"),
         ({"masks": MaskKey(0), "draws": 2}, ValueError, "masks and draws must not both be given"),
         ({"draws": 0}, ValueError, "draws must be an int >= 1, got 0"),
+        ({"draws": True}, ValueError, "draws must be an int >= 1, got True"),
+        ({"draws": 2, "seed": -1}, ValueError, r"seed must lie in \[0, 2\*\*64\), got -1"),
         ({"memory": 0}, ValueError, "memory must be at least 1 byte, got 0"),
         ({"block": 0}, ValueError, "block must be a positive int or None, got 0"),
         ({"memory": 1.5}, TypeError, "memory must be a number of bytes"),

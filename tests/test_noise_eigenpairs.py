@@ -169,3 +169,19 @@ def test_half_precision_parameters_do_not_lower_the_rank(dtype):
     expected = torch.linalg.eigvalsh(dense).flip(0)[:5]
     assert pairs.status is ds.EigenStatus.CONVERGED
     torch.testing.assert_close(pairs.values, expected, rtol=0, atol=0.02 * float(expected[0]))
+
+
+@pytest.mark.parametrize("draws", [2, 4, 16])
+def test_saved_pairs_come_back_with_their_cross_validated_values(draws, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 2))
+    problem = ds.Problem(model, nn.CrossEntropyLoss(), (torch.randn(9, 3), torch.randint(0, 2, (9,))))
+    with ds.GradientNoise(problem, draws=draws) as noise:
+        pairs = noise.eigsh(3)
+    path = pairs.save(tmp_path / "pairs.safetensors")
+    back = type(pairs).load(path)
+    assert repr(back) == repr(pairs)
+    assert len(back.cross_validated) == (0 if draws == 2 else 3)
+    assert repr(back.cross_validated) == repr(pairs.cross_validated)
+    assert [e.dof for e in back.cross_validated] == pytest.approx([e.dof for e in pairs.cross_validated], nan_ok=True)
+    assert torch.equal(ds.Eigenpairs.load(path).vectors, pairs.vectors)

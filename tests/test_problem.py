@@ -256,6 +256,8 @@ class TestParameters:
         ({"model": 3}, TypeError, "model must be a torch.nn.Module, got int"),
         ({"forward": 3}, TypeError, "forward must be callable"),
         ({"batch_dim": -1}, ValueError, "batch_dim must be an int >= 0, got -1"),
+        ({"batch_dim": True}, ValueError, "batch_dim must be an int >= 0, got True"),
+        ({"batch_size": True}, ValueError, "batch_size must be a positive int, got True"),
         ({"batch_size": 0}, ValueError, "batch_size must be a positive int, got 0"),
         ({"data": first_of(TensorDataset(X, Y)), "batch_size": 3}, ValueError, "batch_size must be None when data is"),
     ],

@@ -83,7 +83,9 @@ class Batches:
     """
 
     def __init__(self, data: Any, batch_size: int | None, batch_dim: int, device: torch.device) -> None:
-        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        if batch_size is not None and (
+            isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
+        ):
             raise ValueError(f"Problem: batch_size must be a positive int, got {batch_size!r}")
         self.batch_dim, self.device = batch_dim, device
         self._marks: list[str] = []  # fingerprints of the first complete pass

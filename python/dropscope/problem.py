@@ -81,7 +81,7 @@ class Problem:
             raise TypeError(f"Problem: model must be a torch.nn.Module, got {type(model).__name__}")
         if forward is not None and not callable(forward):
             raise TypeError(f"Problem: forward must be callable as forward(model, batch), got {forward!r}")
-        if not isinstance(batch_dim, int) or batch_dim < 0:
+        if isinstance(batch_dim, bool) or not isinstance(batch_dim, int) or batch_dim < 0:
             raise ValueError(f"Problem: batch_dim must be an int >= 0, got {batch_dim!r}")
         self.model, self.forward, self.batch_dim = model, forward, batch_dim
         self.params = choose(model, params)
@@ -251,7 +251,7 @@ class Problem:
         Raises:
             ValueError: if a loss or the gradient of a parameter is not finite, or draws < 1.
         """
-        if not isinstance(draws, int) or draws < 1:
+        if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
             raise ValueError(f"gradient: draws must be an int >= 1, got {draws!r}")
         self.check(masks is not None)
         half = self.dtype in (torch.float16, torch.bfloat16)

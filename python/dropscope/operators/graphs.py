@@ -248,7 +248,7 @@ def mask_keys(
 
     Raises:
         TypeError: if problem is not a Problem or masks not a MaskKey.
-        ValueError: if both masks and draws are given, or draws < 1.
+        ValueError: if both masks and draws are given, draws < 1, or seed is outside [0, 2**64).
     """
     if not isinstance(problem, Problem):
         raise TypeError(f"{function}: problem must be a Problem, got {type(problem).__name__}")
@@ -258,6 +258,6 @@ def mask_keys(
         return [masks]
     if masks is not None:
         raise ValueError(f"{function}: masks and draws must not both be given, got {masks} and draws={draws}")
-    if not isinstance(draws, int) or draws < 1:
+    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
         raise ValueError(f"{function}: draws must be an int >= 1, got {draws!r}")
     return [MaskKey(seed, draw) for draw in range(draws)]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dropscope import _files
 from dropscope.estimate import Estimate
 from dropscope.factors import Chunk, FactorBlock, Table
 from dropscope.factors.eigen import Precision, Verify, leading_eigenpairs
@@ -42,6 +44,21 @@ class NoiseEigenpairs(Eigenpairs):
         if self.cross_validated:
             lines.append("  cross-validated  " + ", ".join(repr(estimate) for estimate in self.cross_validated))
         return "\n".join(lines)
+
+    def _more(self) -> dict[str, Any]:
+        return {"cross_validated": self.cross_validated}
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> NoiseEigenpairs:
+        """Read what :meth:`save` wrote, onto the CPU; the cross-validated values too, where it has any."""
+        written = _files.read_arrays(path)[1].get("cross_validated", [])
+        crossed = []
+        for given in written:
+            # JSON has no numbers for what is not finite: no error is NaN, an exact one has infinitely many degrees.
+            empty = math.nan if given["stderr"] is None else math.inf
+            finite: dict[str, Any] = {name: empty if part is None else part for name, part in given.items()}
+            crossed.append(Estimate(**finite))
+        return cls(**{**vars(Eigenpairs.load(path)), "cross_validated": tuple(crossed)})
 
 
 def noise_eigenpairs(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -92,7 +92,13 @@ class Eigenpairs:
         """
         arrays = {name: getattr(self, name) for name in ("values", "vectors", "residuals", "converged")}
         rest = {name: getattr(self, name) for name in ("matvecs", "scale", "tol", "which", "low_matvecs", "precision")}
-        return _files.write_arrays(path, arrays, {"kind": "eigenpairs", "status": self.status.name, **rest})
+        return _files.write_arrays(
+            path, arrays, {"kind": "eigenpairs", "status": self.status.name, **rest, **self._more()}
+        )
+
+    def _more(self) -> dict[str, Any]:
+        """What a subclass writes besides."""
+        return {}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Eigenpairs:
@@ -112,8 +118,8 @@ class Eigenpairs:
             raise ValueError(
                 f"Eigenpairs.load: path must be a file that Eigenpairs.save wrote, got {os.fspath(path)!r}"
             )
-        fields: dict[str, Any] = {**arrays, **rest, "status": EigenStatus[rest["status"]]}
-        return cls(**fields)
+        content: dict[str, Any] = {**arrays, **rest, "status": EigenStatus[rest["status"]]}
+        return cls(**{field.name: content[field.name] for field in fields(cls) if field.name in content})
 
     def plot(self) -> Figure:
         """Draw the eigenvalues with their residuals."""
