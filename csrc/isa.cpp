@@ -29,7 +29,8 @@ const Isas& isas() {
       {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), DROPSCOPE_TABLE(avx2)},
       {"avx512",
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("bmi2"),
        DROPSCOPE_TABLE(avx512)},
   }};
 #else

@@ -21,7 +21,7 @@ void apply(ConstMatrix x, Matrix out, MaskSource source, int threads) {
         return Fetch{reinterpret_cast<const char*>(from(row, unit)),
                      reinterpret_cast<const char*>(to(row, unit)), count * int64_t(sizeof(T))};
       },
-      [&](int64_t row, int64_t unit, int64_t count, const uint16_t* kept) {
+      [&](int64_t row, int64_t unit, int64_t count, const Kept* kept) {
         apply_kept(from(row, unit), to(row, unit), count, kept, scale);
       });
 }
@@ -39,12 +39,24 @@ void apply_mask(ConstMatrix x, Matrix out, MaskSource source, Launch launch) {
   }
 }
 
+// Bytes of 1 and 0, from bits or from lanes.
+inline void mark(uint8_t* out, const uint8_t* bits, int64_t count) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const uint64_t bytes = spread(bits[i / 8]);
+    std::memcpy(out + i, &bytes, sizeof bytes);
+  }
+  for (; i < count; ++i) out[i] = bits[i / 8] >> (i & 7) & 1;
+}
+inline void mark(uint8_t* out, const uint16_t* lanes, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] = lanes[i] & 1;
+}
+
 void keep_mask(uint8_t* out, int64_t rows, int64_t units, MaskSource source, Launch launch) {
   for_each_piece(
       rows, units, true, source, launch.threads, [](int64_t, int64_t, int64_t) { return Fetch{}; },
-      [&](int64_t row, int64_t unit, int64_t count, const uint16_t* kept) {
-        uint8_t* to = out + row * units + unit;
-        for (int64_t i = 0; i < count; ++i) to[i] = kept[i] & 1;
+      [&](int64_t row, int64_t unit, int64_t count, const Kept* kept) {
+        mark(out + row * units + unit, kept, count);
       });
 }
 

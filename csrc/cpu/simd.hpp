@@ -27,6 +27,20 @@ struct InOrder {
   Lanes first, second;
 };
 
+// What a tile remembers of a unit, kept or not: a bit where there are registers of masks, 16 ones or zeros
+// elsewhere. Of a counter: one byte, or eight lanes.
+#if defined(__AVX512BW__)
+using Kept = uint8_t;
+#else
+using Kept = uint16_t;
+#endif
+
+// Elements of an output that a counter fills: what is kept of its units, or its words.
+template <class Out>
+constexpr int of_counter = sizeof(Out) == 1   ? 1
+                           : sizeof(Out) == 2 ? 8
+                                              : 4;
+
 #if defined(__AVX512BW__)
 
 constexpr int lanes = 8;
@@ -38,19 +52,22 @@ inline Lanes add(Lanes a, Lanes b) { return _mm512_add_epi64(a, b); }
 inline Lanes multiply(Lanes a, Lanes b) { return _mm512_mul_epu32(a, b); }
 // A shuffle, as shifts wait for the port that multiplies.
 inline Lanes high(Lanes a) { return _mm512_shuffle_epi32(a, static_cast<_MM_PERM_ENUM>(0xF5)); }
+inline Lanes xor2(Lanes a, Lanes b) { return _mm512_xor_si512(a, b); }
 inline Lanes xor3(Lanes a, Lanes b, Lanes c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
 
-inline Lanes join(Lanes low, Lanes high) {
-  return _mm512_mask_blend_epi32(0xAAAA, low, _mm512_slli_epi64(high, 32));
+// Words high(p) ^ c ^ k and p of a counter, in this order.
+inline Lanes last_words(Lanes p, Lanes c, Lanes k) {
+  const Lanes swapped = _mm512_shuffle_epi32(p, static_cast<_MM_PERM_ENUM>(0xB1));
+  return _mm512_mask_ternarylogic_epi32(swapped, 0x5555, c, k, 0x96);
 }
-
-inline InOrder in_order(Lanes w0, Lanes w1, Lanes w2, Lanes w3) {
-  const Lanes a = join(w0, w1), b = join(w2, w3);
-  return {_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b)};
+inline InOrder in_order(Lanes w01, Lanes w23) {
+  return {_mm512_unpacklo_epi64(w01, w23), _mm512_unpackhi_epi64(w01, w23)};
 }
-// 16-bit lanes: all ones where at most `limit`, else 0.
-inline Lanes at_most(Lanes a, uint32_t limit) {
-  return _mm512_movm_epi16(_mm512_cmple_epu16_mask(a, _mm512_set1_epi16(static_cast<short>(limit))));
+inline void put(Kept* out, InOrder words, uint32_t limit) {
+  const __m512i most = _mm512_set1_epi16(static_cast<short>(limit));
+  const __mmask32 bits[2] = {_mm512_cmple_epu16_mask(words.first, most),
+                             _mm512_cmple_epu16_mask(words.second, most)};
+  std::memcpy(out, bits, sizeof bits);
 }
 inline void store(void* out, Lanes a) { _mm512_storeu_si512(out, a); }
 
@@ -65,15 +82,15 @@ inline Lanes splat(uint64_t x) { return _mm256_set1_epi64x(static_cast<long long
 inline Lanes add(Lanes a, Lanes b) { return _mm256_add_epi64(a, b); }
 inline Lanes multiply(Lanes a, Lanes b) { return _mm256_mul_epu32(a, b); }
 inline Lanes high(Lanes a) { return _mm256_srli_epi64(a, 32); }
+inline Lanes xor2(Lanes a, Lanes b) { return _mm256_xor_si256(a, b); }
 inline Lanes xor3(Lanes a, Lanes b, Lanes c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
 
-inline Lanes join(Lanes low, Lanes high) {
-  return _mm256_blend_epi32(low, _mm256_slli_epi64(high, 32), 0xAA);
+inline Lanes last_words(Lanes p, Lanes c, Lanes k) {
+  const Lanes other = _mm256_blend_epi32(_mm256_xor_si256(c, k), _mm256_setzero_si256(), 0xAA);
+  return _mm256_xor_si256(_mm256_shuffle_epi32(p, 0xB1), other);
 }
-
-inline InOrder in_order(Lanes w0, Lanes w1, Lanes w2, Lanes w3) {
-  const Lanes a = join(w0, w1), b = join(w2, w3);
-  return {_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b)};
+inline InOrder in_order(Lanes w01, Lanes w23) {
+  return {_mm256_unpacklo_epi64(w01, w23), _mm256_unpackhi_epi64(w01, w23)};
 }
 // No unsigned comparison: x <= limit <=> the saturated difference is 0.
 inline Lanes at_most(Lanes a, uint32_t limit) {
@@ -91,11 +108,15 @@ inline Lanes splat(uint64_t x) { return _mm_set1_epi64x(static_cast<long long>(x
 inline Lanes add(Lanes a, Lanes b) { return _mm_add_epi64(a, b); }
 inline Lanes multiply(Lanes a, Lanes b) { return _mm_mul_epu32(a, b); }
 inline Lanes high(Lanes a) { return _mm_srli_epi64(a, 32); }
+inline Lanes xor2(Lanes a, Lanes b) { return _mm_xor_si128(a, b); }
 inline Lanes xor3(Lanes a, Lanes b, Lanes c) { return _mm_xor_si128(_mm_xor_si128(a, b), c); }
 
-inline InOrder in_order(Lanes w0, Lanes w1, Lanes w2, Lanes w3) {
-  return {_mm_unpacklo_epi64(_mm_unpacklo_epi32(w0, w1), _mm_unpacklo_epi32(w2, w3)),
-          _mm_unpacklo_epi64(_mm_unpackhi_epi32(w0, w1), _mm_unpackhi_epi32(w2, w3))};
+inline Lanes last_words(Lanes p, Lanes c, Lanes k) {
+  const Lanes other = _mm_and_si128(_mm_xor_si128(c, k), _mm_set1_epi64x(0xFFFFFFFF));
+  return _mm_xor_si128(_mm_shuffle_epi32(p, 0xB1), other);
+}
+inline InOrder in_order(Lanes w01, Lanes w23) {
+  return {_mm_unpacklo_epi64(w01, w23), _mm_unpackhi_epi64(w01, w23)};
 }
 inline Lanes at_most(Lanes a, uint32_t limit) {
   const Lanes over = _mm_subs_epu16(a, _mm_set1_epi16(static_cast<short>(limit)));
@@ -112,11 +133,11 @@ inline Lanes splat(uint64_t x) { return x; }
 inline Lanes add(Lanes a, Lanes b) { return a + b; }
 inline Lanes multiply(Lanes a, Lanes b) { return (a & 0xFFFFFFFF) * (b & 0xFFFFFFFF); }
 inline Lanes high(Lanes a) { return a >> 32; }
+inline Lanes xor2(Lanes a, Lanes b) { return a ^ b; }
 inline Lanes xor3(Lanes a, Lanes b, Lanes c) { return a ^ b ^ c; }
 
-inline InOrder in_order(Lanes w0, Lanes w1, Lanes w2, Lanes w3) {
-  return {(w0 & 0xFFFFFFFF) | w1 << 32, (w2 & 0xFFFFFFFF) | w3 << 32};
-}
+inline Lanes last_words(Lanes p, Lanes c, Lanes k) { return (p >> 32 ^ ((c ^ k) & 0xFFFFFFFF)) | p << 32; }
+inline InOrder in_order(Lanes w01, Lanes w23) { return {w01, w23}; }
 inline Lanes at_most(Lanes a, uint32_t limit) {
   Lanes ones = 0;
   for (int shift = 0; shift < 64; shift += 16)
@@ -126,6 +147,17 @@ inline Lanes at_most(Lanes a, uint32_t limit) {
 inline void store(void* out, Lanes a) { std::memcpy(out, &a, sizeof a); }
 
 #endif
+
+#if !defined(__AVX512BW__)
+inline void put(Kept* out, InOrder words, uint32_t limit) {
+  store(out, at_most(words.first, limit));
+  store(out + 4 * lanes, at_most(words.second, limit));
+}
+#endif
+
+inline void put(uint32_t* out, InOrder words, uint32_t) {
+  store(out, words.first), store(out + 2 * lanes, words.second);
+}
 
 }  // namespace
 }  // namespace dropscope

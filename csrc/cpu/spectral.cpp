@@ -11,6 +11,7 @@
 #include "dots.hpp"
 #include "keep.hpp"
 #include "normals.hpp"
+#include "signs.hpp"
 
 namespace dropscope {
 namespace {
@@ -210,31 +211,13 @@ void rotate(Matrix Q, const double* S, int64_t k, Launch launch) {
   });
 }
 
-template <class T, class Bits>
-void signs(T* out, const uint16_t* kept, int64_t count) {
-  const Bits one = bit_cast<Bits>(narrow<T>(typename Wide<T>::type(1)));
-  for (int64_t i = 0; i < count; ++i) {
-    const Bits minus = static_cast<Bits>(~kept[i] & 0x8000);
-    out[i] = bit_cast<T>(static_cast<Bits>(one | minus << (8 * sizeof(Bits) - 16)));
-  }
-}
-inline void signs(float* out, const uint16_t* kept, int64_t count) {
-  signs<float, uint32_t>(out, kept, count);
-}
-inline void signs(double* out, const uint16_t* kept, int64_t count) {
-  signs<double, uint64_t>(out, kept, count);
-}
-inline void signs(BFloat16* out, const uint16_t* kept, int64_t count) {
-  signs<BFloat16, uint16_t>(out, kept, count);
-}
-
 // +1 where the top bit of the unit's lane is 0, else -1.
 void rademacher(Matrix out, uint64_t stream, uint64_t seed, uint64_t site, int threads) {
   const int64_t streams = static_cast<int64_t>(stream);
   for_each_piece(
       1, out.cols, true, {&streams, seed, site, 1 << 15}, threads,
       [](int64_t, int64_t, int64_t) { return Fetch{}; },
-      [&](int64_t, int64_t unit, int64_t count, const uint16_t* kept) {
+      [&](int64_t, int64_t unit, int64_t count, const Kept* kept) {
         by_dtype(out.dtype,
                  [&](auto type) { signs(static_cast<decltype(type)*>(out.data) + unit, kept, count); });
       });
@@ -244,12 +227,11 @@ void rademacher(Matrix out, uint64_t stream, uint64_t seed, uint64_t site, int t
 void normal(Matrix out, uint64_t stream, uint64_t seed, uint64_t site, int threads) {
   const Keys keys = make_keys({nullptr, seed, site, 1});
   parallel_for(divide_up(out.cols, 4 * tile), out.cols, threads, [&](int64_t chunk) {
-    alignas(64) uint32_t words[tile_lanes / 2];
+    alignas(64) uint32_t words[4 * (tile + step)];
     alignas(64) double units[4 * tile];
     const int64_t first = chunk * 4 * tile, left = out.cols - first,
                   count = left < 4 * tile ? left : 4 * tile;
-    fill_row<true>(reinterpret_cast<uint16_t*>(words), chunk * tile, divide_up(count, 4), stream, keys,
-                   Fetch{});
+    fill_row(words, chunk * tile, divide_up(count, 4), stream, keys, Fetch{});
     normals(units, words, divide_up(count, 2));
     by_dtype(out.dtype,
              [&](auto type) { narrow_row(static_cast<decltype(type)*>(out.data) + first, units, count); });
