@@ -41,13 +41,13 @@ T* pointer(uintptr_t address) {
 // A matrix argument: (address, dtype, rows, cols, stride).
 
 template <class View>
-View view(const py::tuple& t) {
+View view(const py::tuple& t, DType last = DType::f16) {
   require(t.size() == 5, "a matrix is (address, dtype, rows, cols, stride)");
   View m{};
   m.data = pointer<void>(t[0].cast<uintptr_t>());
   const int dtype = t[1].cast<int>();
   m.rows = t[2].cast<int64_t>(), m.cols = t[3].cast<int64_t>(), m.stride = t[4].cast<int64_t>();
-  require(dtype >= 0 && dtype <= 3, "unknown dtype");
+  require(dtype >= 0 && dtype <= static_cast<int>(last), "unknown dtype");
   m.dtype = static_cast<DType>(dtype);
   require(m.rows >= 0 && m.cols >= 0, "negative size");
   require(m.rows <= 1 || m.stride >= m.cols, "rows overlap");
@@ -94,6 +94,13 @@ bool factor_dtype(DType dtype) { return dtype == DType::f32 || dtype == DType::f
 bool sum_dtype(DType dtype) { return dtype == DType::f32 || dtype == DType::f64; }
 DType wide(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
 
+// One float for each of n rows or columns.
+const float* scale_of(const py::handle& argument, int64_t n) {
+  const auto scale = view<ConstMatrix>(argument.cast<py::tuple>());
+  require(scale.dtype == DType::f32 && scale.rows == 1 && scale.cols == n, "hadamard: scales");
+  return static_cast<const float*>(scale.data);
+}
+
 void bind_factors(py::module_& m) {
   m.def(
       "row_dots",
@@ -135,12 +142,13 @@ void bind_factors(py::module_& m) {
       "hadamard",
       [](int device, const py::tuple& p, const py::tuple& q, const py::tuple& out, const py::tuple& mirror,
          int64_t row_group, int64_t col_group, int64_t row_steps, int64_t col_steps, double shift,
-         uintptr_t launch) {
-        const auto P = view<ConstMatrix>(p), Q = view<ConstMatrix>(q);
+         const py::tuple& scales, uintptr_t launch) {
+        const DType last = device == cuda_device ? DType::f16 : DType::i32;
+        const auto P = view<ConstMatrix>(p, last), Q = view<ConstMatrix>(q, last);
         const auto to = view<Matrix>(out), back = view<Matrix>(mirror);
         require(row_group > 0 && col_group > 0 && row_steps > 0 && col_steps > 0,
                 "hadamard: groups and steps");
-        require(factor_dtype(Q.dtype) && sum_dtype(to.dtype), "hadamard: dtypes");
+        require((factor_dtype(Q.dtype) || Q.dtype == DType::i32) && sum_dtype(to.dtype), "hadamard: dtypes");
         require(Q.rows == to.rows * row_steps && Q.cols == to.cols * col_steps, "hadamard: Q and out");
         require(to.rows % row_group == 0 && to.cols % col_group == 0, "hadamard: groups");
         require(P.data ? P.dtype == Q.dtype && P.rows * row_group == Q.rows && P.cols * col_group == Q.cols
@@ -148,11 +156,19 @@ void bind_factors(py::module_& m) {
                 "hadamard: P and Q");
         require(!back.data || (back.dtype == to.dtype && back.rows == to.cols && back.cols == to.rows),
                 "hadamard: mirror");
-        const Hadamard operands{P, Q, row_group, col_group, row_steps, col_steps, shift};
+        Hadamard operands{P,     Q,       row_group, col_group, row_steps, col_steps,
+                          shift, nullptr, nullptr,   nullptr,   nullptr};
+        if (scales.size() > 0) {
+          require(device != cuda_device && scales.size() == 4 && P.data && row_steps == 1 && col_steps == 1,
+                  "hadamard: scales");
+          operands.p_rows = scale_of(scales[0], P.rows), operands.p_cols = scale_of(scales[1], P.cols);
+          operands.q_rows = scale_of(scales[2], Q.rows), operands.q_cols = scale_of(scales[3], Q.cols);
+        }
         run("hadamard", kernels_of(device).factors.hadamard, operands, to, back, launch_of(device, launch));
       },
       py::arg("device"), py::arg("P"), py::arg("Q"), py::arg("out"), py::arg("mirror"), py::arg("row_group"),
-      py::arg("col_group"), py::arg("row_steps"), py::arg("col_steps"), py::arg("shift"), py::arg("launch"));
+      py::arg("col_group"), py::arg("row_steps"), py::arg("col_steps"), py::arg("shift"), py::arg("scales"),
+      py::arg("launch"));
   m.def(
       "center",
       [](int device, const py::tuple& x, int64_t draws, double scale, uintptr_t launch) {

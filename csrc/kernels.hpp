@@ -5,7 +5,8 @@
 
 namespace dropscope {
 
-enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+// i32 holds products of 8-bit integers, and is met by hadamard on the CPU alone.
+enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3, i32 = 4 };
 
 // Rows of contiguous elements; stride counts elements from one row to the next.
 struct Matrix {
@@ -40,11 +41,14 @@ struct MaskKernels {
 };
 
 // The product of two tiles: v[i, j] = sum_ts (P[i / row_group, t; j / col_group, s] + shift) Q[i, t; j, s]
-// over the row_steps by col_steps entries of a block. A null P stands for 1.
+// over the row_steps by col_steps entries of a block. A null P stands for 1. Where there are scales, one for
+// each row and column of P and of Q, an entry stands for itself times those of its row and column; steps are
+// then 1.
 struct Hadamard {
   ConstMatrix P, Q;
   int64_t row_group, col_group, row_steps, col_steps;
   double shift;
+  const float *p_rows, *p_cols, *q_rows, *q_cols;
 };
 
 // B has rows sample * steps + step. `group` consecutive samples share a row of the other operand.

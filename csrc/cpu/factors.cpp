@@ -16,6 +16,7 @@ struct bfloat16 {
 
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
+inline float widen(int32_t x) { return static_cast<float>(x); }
 inline float widen(bfloat16 x) {
   const uint32_t bits = uint32_t(x.bits) << 16;
   float value;
@@ -124,12 +125,21 @@ void scale_rows(ConstMatrix B, ConstMatrix S, Matrix out, int64_t group, int64_t
 // One block of values: v[i, j] = sum_ts (P[..] + shift) Q[..]; rows and columns of P are shared by groups.
 constexpr int64_t block_rows = 16, block_cols = 128;
 
-// to[j] = from[(j0 + j) / group] + shift.
+// to[j] = from[(j0 + j) / group] + shift, after scaling by the row's and the columns' scales, if any.
 template <class T>
-void spread(const T* from, int64_t j0, int64_t cols, int64_t group, Wide<T> shift, Wide<T>* to) {
+void spread(const T* from, int64_t j0, int64_t cols, int64_t group, Wide<T> shift, float row_scale,
+            const float* col_scales, Wide<T>* to) {
+  if (group == 1 && !col_scales) {
+    for (int64_t j = 0; j < cols; ++j) to[j] = widen(from[j0 + j]) + shift;
+    return;
+  }
+  if (group == 1) {
+    for (int64_t j = 0; j < cols; ++j) to[j] = widen(from[j0 + j]) * (row_scale * col_scales[j0 + j]) + shift;
+    return;
+  }
   int64_t c = j0 / group, left = group - j0 % group;
   for (int64_t j = 0; j < cols; left = group, ++c) {
-    const Wide<T> value = widen(from[c]) + shift;
+    const Wide<T> value = widen(from[c]) * (col_scales ? row_scale * col_scales[c] : 1.0f) + shift;
     const int64_t stop = j + left < cols ? j + left : cols;
     for (; j < stop; ++j) to[j] = value;
   }
@@ -148,13 +158,15 @@ void hadamard_block(const Hadamard& h, int64_t i0, int64_t rows, int64_t j0, int
         continue;
       }
       if (i == 0 || (i0 + i) % h.row_group == 0) {
-        const T* from = row<T>(h.P, (i0 + i) / h.row_group);
-        if (h.col_group == 1)
-          for (int64_t j = 0; j < cols; ++j) p[j] = widen(from[j0 + j]) + shift;
-        else
-          spread(from, j0, cols, h.col_group, shift, p);
+        const int64_t r = (i0 + i) / h.row_group;
+        spread(row<T>(h.P, r), j0, cols, h.col_group, shift, h.p_rows ? h.p_rows[r] : 1.0f, h.p_cols, p);
       }
-      for (int64_t j = 0; j < cols; ++j) v[j] = p[j] * widen(q[j]);
+      if (h.q_rows) {
+        const float scale = h.q_rows[i0 + i];
+        for (int64_t j = 0; j < cols; ++j) v[j] = p[j] * (widen(q[j]) * (scale * h.q_cols[j0 + j]));
+      } else {
+        for (int64_t j = 0; j < cols; ++j) v[j] = p[j] * widen(q[j]);
+      }
       continue;
     }
     for (int64_t j = 0; j < cols; ++j) {
@@ -275,6 +287,10 @@ void scale_rows_of(ConstMatrix B, ConstMatrix S, Matrix out, int64_t group, int6
 
 void hadamard_of(Hadamard h, Matrix out, Matrix mirror, Launch launch) {
   const bool wide = out.dtype == DType::f64;
+  if (h.Q.dtype == DType::i32) {
+    (wide ? hadamard<int32_t, double> : hadamard<int32_t, float>)(h, out, mirror, launch);
+    return;
+  }
   DROPSCOPE_BY_TYPE(h.Q.dtype, (wide ? hadamard<T, double> : hadamard<T, float>)(h, out, mirror, launch))
 }
 

@@ -29,6 +29,7 @@ def hadamard(
     row_steps: int,
     col_steps: int,
     shift: float,
+    scales: tuple[()] | tuple[Matrix, Matrix, Matrix, Matrix],
     launch: int,
 ) -> None: ...
 def center(device: int, X: Matrix, draws: int, scale: float, launch: int) -> None: ...

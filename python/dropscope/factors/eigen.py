@@ -5,13 +5,14 @@ the covariance is Σ̂ = n⁻² GᵀCD²CG. Its nonzero eigenvalues are those of
 the Gram matrix costs N²·Σ(d_in + d_out) flops once, a product with Σ̂ 4·N·P: so this route wins while N is below some
 10⁴, and the eigenvectors, one weighted sum each, then cost about as much as the Gram matrix itself.
 
-In a trained network most samples are quiet. Those whose traces add up to less than the tolerance move no eigenpair
-by more, and are left out of the Gram matrix; the residuals count them.
+In a trained network most samples are quiet: half of them may carry a thousandth of the trace. They are left out of the
+Gram matrix up to a share of the trace, on the guess that their noise has the spectrum of the rest and so moves no
+eigenpair by more than that share of the largest. Products with what was left out then measure by how much it does,
+and where the guess was wrong only samples are left out whose traces add up to less than the tolerance.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -20,18 +21,16 @@ from torch import Tensor
 
 from dropscope import kernels
 from dropscope.factors.blocks import Block, FactorBlock
+from dropscope.factors.centred_gram import PRECISIONS, CentredGram, Precision, samples_of
 from dropscope.factors.chunk import Chunk, joined
 from dropscope.kernels.products import multiply
 
-Precision = Literal["full", "bf16"]
 Verify = Literal["each", "together"]
-# Samples are left out while their traces add up to at most QUIET_SHARE·tol·λ₁; λ₁ is TYPICAL_SHARE of the trace until
-# it is known.
-QUIET_SHARE, TYPICAL_SHARE = 0.25, 0.02
+# What may add to a residual, as shares of the tolerance: the iteration, and samples that are left out. The residual of
+# a pair of Σ̂ is that of its pair of the Gram matrix times √(λ₁/λ): a tenth leaves room to λ₁/100.
+ITERATION_SHARE, QUIET_SHARE = 0.1, 0.25
 # Columns of a block: enough to fill the vector units, few enough that a product costs one read of the matrix.
 _BLOCK = 16
-# Rows and columns of a tile of the Gram matrix.
-_TILE = 2048
 
 
 class GramEigenpairs(NamedTuple):
@@ -67,10 +66,12 @@ def leading_eigenpairs(
         dim: number of parameters.
         precision: ``"bf16"`` rounds the factors of linear maps, and the Gram matrix, to bfloat16: twice as fast where
             the CPU multiplies bfloat16 natively, in half the memory; Σ̂ is then perturbed by some 10⁻³ of its norm,
-            which the residuals show.
+            which the residuals show. ``"int8"`` rounds them to 8-bit integers, :mod:`dropscope.kernels.integers`, for
+            the Gram matrix alone: its products are four times as fast where the CPU has units for them, and Σ̂ is
+            perturbed by some 3·10⁻⁴ of its norm; factors of several time steps are not rounded.
         verify: ``"each"``: one product for each pair, after which values and residuals are those of a Rayleigh-Ritz
             step on Σ̂ itself; ``"together"``: one product in all, with a random combination of the pairs.
-        tol: the iteration stops at residuals of tol times the largest eigenvalue.
+        tol: asked of the residuals, relative to the largest eigenvalue.
         seed: seed of the first block.
 
     Returns:
@@ -84,22 +85,37 @@ def leading_eigenpairs(
     rank = sum(chunk.rows - chunk.samples for chunk in chunks)
     if not 1 <= k <= min(rank, dim):
         raise ValueError(f"leading_eigenpairs: k must be in 1..{min(rank, dim)}, got {k}")
-    if precision not in ("full", "bf16"):
-        raise ValueError(f"leading_eigenpairs: precision must be 'full' or 'bf16', got {precision!r}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"leading_eigenpairs: precision must be 'full', 'bf16' or 'int8', got {precision!r}")
     if verify not in ("each", "together"):
         raise ValueError(f"leading_eigenpairs: verify must be 'each' or 'together', got {verify!r}")
-    dtype, scale = _dtype(chunks), 1.0 / sum(chunk.samples for chunk in chunks) ** 2
     traces = [_traces(chunk) for chunk in chunks]
-    quiet = QUIET_SHARE * tol * float(sum(t.sum() for t in traces)) * TYPICAL_SHARE
-    while True:
-        kept, left_out = _loud(chunks, traces, quiet, k)
-        rounded = joined([c.replace(_rounded(b) for b in c.blocks) for c in kept] if precision == "bf16" else kept)
-        K = _Gram(rounded, dtype, torch.bfloat16 if precision == "bf16" else dtype)
-        values, U = _block_lanczos(K, k, tol, seed)
-        quiet = QUIET_SHARE * tol * float(values[0])
-        if left_out <= quiet:
-            break
-    residuals = _gram_residuals(K, values, U) * scale
+    quiet = QUIET_SHARE * tol * float(sum(t.sum() for t in traces))
+    loud, rest = _parted(chunks, traces, quiet, k)
+    found, missed = _pairs(loud, rest, k, dim, precision, verify, tol, seed)
+    if missed > 0.5 * tol * float(found.values[0]):
+        loud, rest = _parted(chunks, traces, QUIET_SHARE * tol * float(found.values[0]), k)
+        found, _ = _pairs(loud, rest, k, dim, precision, verify, tol, seed)
+    scale = 1.0 / sum(chunk.samples for chunk in chunks) ** 2
+    return GramEigenpairs(found.values * scale, found.vectors, found.residuals * scale)
+
+
+def _pairs(
+    loud: Sequence[Chunk],
+    rest: Sequence[Chunk],
+    k: int,
+    dim: int,
+    precision: Precision,
+    verify: Verify,
+    tol: float,
+    seed: int,
+) -> tuple[GramEigenpairs, float]:
+    """Pairs of n²Σ̂ from the Gram matrix of some samples, and the most that the rest adds to a residual."""
+    dtype = _dtype(loud)
+    rounded = joined([c.replace(_rounded(b) for b in c.blocks) for c in loud] if precision == "bf16" else loud)
+    K = CentredGram(rounded, dtype, precision)
+    values, U = _block_lanczos(K, k, ITERATION_SHARE * tol, seed)
+    residuals = _gram_residuals(K, values, U)
     segments = K.segments
     del K
     for rows, _, weight in segments:
@@ -107,8 +123,13 @@ def leading_eigenpairs(
     Vt = U.new_zeros(k, dim)
     _accumulate(rounded, U, Vt)
     Vt, values = _orthonormal_rows(Vt, values, seed), torch.where(_empty(values, dtype), 0.0, values)
+    if precision != "bf16":
+        loud = rounded
+    del rounded
     if verify == "each":
-        image = _product(chunks, Vt)
+        image = _product(rest, Vt)
+        missed = float(image.norm(dim=1).max())
+        _product(loud, Vt, image)
         small = multiply(Vt, image.T).double()
         order, W = torch.linalg.eigh((small + small.T) / 2)
         values, W = order.flip(0), W.flip(1).T.to(dtype)
@@ -118,13 +139,15 @@ def leading_eigenpairs(
             [(row - value * v).norm() for row, value, v in zip(image, values.to(dtype), Vt, strict=True)]
         )
         values = torch.where(_empty(values, dtype), 0.0, values)
-        return GramEigenpairs(values * scale, Vt.T, residuals.double() * scale)
-    values *= scale
+        return GramEigenpairs(values, Vt.T, residuals.double()), missed
     signs = torch.where(torch.rand(k, generator=torch.Generator().manual_seed(seed)) < 0.5, -1.0, 1.0)
     mix = signs.to(values).unsqueeze(0)
-    true = _product(chunks, multiply(mix.to(Vt.dtype), Vt)).mul_(scale)
-    found = float(true.sub_(multiply((mix * values).to(Vt.dtype), Vt)).norm()) / k**0.5
-    return GramEigenpairs(values, Vt.T, residuals.clamp(min=found))
+    probe = multiply(mix.to(Vt.dtype), Vt)
+    image = _product(rest, probe)
+    missed = float(image.norm()) / k**0.5
+    _product(loud, probe, image)
+    found = float(image.sub_(multiply((mix * values).to(Vt.dtype), Vt)).norm()) / k**0.5
+    return GramEigenpairs(values, Vt.T, residuals.clamp(min=found)), missed
 
 
 def _traces(chunk: Chunk) -> Tensor:
@@ -134,103 +157,31 @@ def _traces(chunk: Chunk) -> Tensor:
     return (gram.diagonal(dim1=1, dim2=2).sum(1) - gram.sum((1, 2)) / M).clamp_min(0.0) / (M - 1)
 
 
-def _loud(chunks: Sequence[Chunk], traces: Sequence[Tensor], quiet: float, k: int) -> tuple[list[Chunk], float]:
-    """The chunks without the samples whose traces add up to at most ``quiet``, and what these add up to.
+def _parted(chunks: Sequence[Chunk], traces: Sequence[Tensor], quiet: float, k: int) -> tuple[list[Chunk], list[Chunk]]:
+    """The chunks without the samples whose traces add up to at most ``quiet``, and those samples.
 
     Some rank is kept beyond k, so that few pairs of many equal samples are found as well.
     """
     every = torch.cat([t.cpu() for t in traces])
     order = every.argsort()
-    sums = every[order].cumsum(0)
-    drop = int(torch.searchsorted(sums, quiet, right=True))
+    drop = int(torch.searchsorted(every[order].cumsum(0), quiet, right=True))
     loud = torch.ones(len(every), dtype=torch.bool)
     loud[order[:drop]] = False
     parts = torch.split(loud, [chunk.samples for chunk in chunks])
     rank = sum(int(part.sum()) * (chunk.draws - 1) for part, chunk in zip(parts, chunks, strict=True))
     if drop == 0 or rank < 4 * k:
-        return list(chunks), 0.0
-    kept = []
+        return list(chunks), []
+    kept: list[Chunk] = []
+    rest: list[Chunk] = []
     for chunk, part in zip(chunks, parts, strict=True):
-        if bool(part.all()):
-            kept.append(chunk)
-        elif bool(part.any()):
-            chosen = part.nonzero().squeeze(1)
-            blocks = (_samples(block, chunk.samples, chosen.to(traces[0].device)) for block in chunk.blocks)
-            kept.append(Chunk(chunk.ids[chosen], chunk.draws, tuple(blocks)))
-    return kept, float(sums[drop - 1])
-
-
-class _Gram:
-    """DCGGᵀD of all rows, tile by tile on and below the diagonal; C subtracts each sample's mean over its draws.
-
-    Centred before it is stored, so that rounding to bfloat16 acts on the noise and not on the mean gradient beside it.
-
-    Attributes:
-        segments: rows of equal numbers of draws, that number, and their (M-1)^-½.
-    """
-
-    def __init__(self, chunks: Sequence[Chunk], dtype: torch.dtype, storage: torch.dtype) -> None:
-        pieces = [piece for chunk in chunks for piece in _pieces(chunk)]
-        ends = list(itertools.accumulate(piece.rows for piece in pieces))
-        self.segments = [
-            (slice(end - piece.rows, end), piece.draws, (piece.draws - 1) ** -0.5)
-            for end, piece in zip(ends, pieces, strict=True)
-        ]
-        self.rows, self.dtype, self.rank = ends[-1], dtype, sum(piece.rows - piece.samples for piece in pieces)
-        self.device = next(iter(pieces[0].blocks[0].tensors().values())).device
-        layers = [_layers(piece) for piece in pieces]
-        self.tiles: dict[tuple[int, int], Tensor] = {}
-        for j, i in itertools.combinations_with_replacement(range(len(pieces)), 2):
-            tile = torch.zeros(pieces[i].rows, pieces[j].rows, dtype=dtype, device=self.device)
-            kernels.gram_sum(layers[i], layers[j], tile)
-            for mine, other in zip(pieces[i].blocks, pieces[j].blocks, strict=True):
-                if not isinstance(mine, FactorBlock):
-                    mine.add_gram(other, tile)
-            weight = self.segments[i][2] * self.segments[j][2]
-            self.tiles[i, j] = kernels.center(tile, pieces[i].draws, weight).to(storage)
-
-    def center(self, X: Tensor) -> Tensor:
-        """CX, in place."""
-        for rows, draws, _ in self.segments:
-            kernels.center(X[rows], draws)
-        return X
-
-    def product(self, X: Tensor) -> Tensor:
-        """DCGGᵀCDX for contrasts X, CX = X."""
-        out = torch.zeros_like(X)
-        for (i, j), stored in self.tiles.items():
-            tile = stored.to(self.dtype)
-            rows, cols = self.segments[i][0], self.segments[j][0]
-            out[rows] += multiply(tile, X[cols])
-            if i != j:
-                out[cols] += multiply(X[rows].T, tile).T
-        return self.center(out)
-
-
-def _pieces(chunk: Chunk) -> list[Chunk]:
-    """The chunk cut between samples, evenly, into pieces of about _TILE rows."""
-    count = -(-chunk.rows // _TILE)
-    if count == 1:
-        return [chunk]
-    size = -(-chunk.samples // count)
-    return [
-        Chunk(
-            chunk.ids[i : i + size],
-            chunk.draws,
-            tuple(_samples(b, chunk.samples, slice(i, i + size)) for b in chunk.blocks),
-        )
-        for i in range(0, chunk.samples, size)
-    ]
-
-
-def _samples(block: Block, samples: int, chosen: slice | Tensor) -> Block:
-    """The rows of some of the block's samples."""
-    parts = {name: t.view(samples, -1, *t.shape[1:])[chosen].flatten(0, 1) for name, t in block.tensors().items()}
-    return block.replace(parts)
-
-
-def _layers(chunk: Chunk) -> list[tuple[Tensor, Tensor, bool]]:
-    return [(b.A, b.B, b.bias is not None) for b in chunk.blocks if isinstance(b, FactorBlock)]
+        for chosen, side in ((part, kept), (~part, rest)):
+            if bool(chosen.all()):
+                side.append(chunk)
+            elif bool(chosen.any()):
+                index = chosen.nonzero().squeeze(1)
+                blocks = (samples_of(block, chunk.samples, index.to(traces[0].device)) for block in chunk.blocks)
+                side.append(Chunk(chunk.ids[index], chunk.draws, tuple(blocks)))
+    return kept, joined(rest)
 
 
 def _dtype(chunks: Sequence[Chunk]) -> torch.dtype:
@@ -250,16 +201,16 @@ def _accumulate(chunks: Sequence[Chunk], S: Tensor, out: Tensor) -> None:
         chunk.accumulate(S[start : (start := start + chunk.rows)], out)
 
 
-def _product(chunks: Sequence[Chunk], Vt: Tensor) -> Tensor:
-    """(GᵀCD²CG V)ᵀ."""
-    out = torch.zeros_like(Vt)
+def _product(chunks: Sequence[Chunk], Vt: Tensor, out: Tensor | None = None) -> Tensor:
+    """(GᵀCD²CG V)ᵀ, added to out."""
+    out = torch.zeros_like(Vt) if out is None else out
     for chunk in chunks:
         S = chunk.project(Vt)
         chunk.accumulate(kernels.center(S, chunk.draws, 1.0 / (chunk.draws - 1)), out)
     return out
 
 
-def _block_lanczos(K: _Gram, k: int, tol: float, seed: int) -> tuple[Tensor, Tensor]:
+def _block_lanczos(K: CentredGram, k: int, tol: float, seed: int) -> tuple[Tensor, Tensor]:
     """Leading k eigenvalues, float64, and eigenvectors (N, k) of DCGGᵀCD, by block Lanczos with full orthogonalisation.
 
     The basis is small beside K, so it is kept orthogonal twice over and never restarted; it ends at the latest when
@@ -288,7 +239,7 @@ def _block_lanczos(K: _Gram, k: int, tol: float, seed: int) -> tuple[Tensor, Ten
             return values, multiply(basis.T, S.to(K.dtype))
 
 
-def _next_block(K: _Gram, basis: Tensor, Y: Tensor, scale: float = 0.0) -> Tensor:
+def _next_block(K: CentredGram, basis: Tensor, Y: Tensor, scale: float = 0.0) -> Tensor:
     """Orthonormal contrasts that span Y and are orthogonal to the basis, to rounding however small Y is."""
     X = _orthonormal(Y, scale)
     if X.shape[1] == 0:
@@ -330,7 +281,7 @@ def _orthonormal(Y: Tensor, scale: float = 0.0) -> Tensor:
     return multiply(X, W * squares.rsqrt()).to(Y.dtype)
 
 
-def _gram_residuals(K: _Gram, values: Tensor, U: Tensor) -> Tensor:
+def _gram_residuals(K: CentredGram, values: Tensor, U: Tensor) -> Tensor:
     """‖Σ̂v - λv‖n² for v = GᵀCDu/√λ: the norm of GᵀCDr/√λ, r = DCGGᵀCDu - λu. Pairs of no variance have none."""
     r = (K.product(U).double() - U.double() * values).to(K.dtype)
     squares = (r.double() * K.product(r).double()).sum(0).clamp(min=0.0)

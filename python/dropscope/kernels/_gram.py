@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from dropscope.kernels._launch import contiguous_rows
 
 # A, B and whether the bias's gradient counts.
 Layer = tuple[Tensor, Tensor, bool]
+L = TypeVar("L")
 # Bytes of the gradients of some output units, so that they stay near the processor, and the fewest of these units.
 _SLAB_BYTES, _FEWEST_UNITS = {"cpu": 24 << 20, "cuda": 256 << 20}, 16
 
@@ -33,19 +35,42 @@ def add_gram(rows: Sequence[Layer], cols: Sequence[Layer], out: Tensor) -> None:
     pairs = list(zip(rows, cols, strict=True))
     ghost = [pair for pair in pairs if _ghost_is_cheaper(*pair[0][:2], *pair[1][:2])]
     if ghost:
-        _add_ghosts([x for x, _ in ghost], [y for _, y in ghost], out, symmetric)
+        left, right = zip(*ghost, strict=True)
+        add_tiles(left, right, out, symmetric, (_tile_size(left), _tile_size(right)), _Operand)
     for x, y in pairs:
         if not any(x is other for other, _ in ghost):
             _add_materialised(x, y, out, symmetric)
 
 
-def _add_ghosts(rows: Sequence[Layer], cols: Sequence[Layer], out: Tensor, symmetric: bool) -> None:
-    """Tiles of the Gram matrix, all layers of a tile while it is in cache."""
-    sizes = [_tile_size(side) for side in (rows, cols)]
+class Operand(Protocol):
+    """A tile of samples of one layer."""
+
+    def add_product(self, other: Any, out: Tensor, mirror: Tensor | None = None) -> None:
+        """Add the Gram tile of the two to out, and its transpose to mirror."""
+
+
+def add_tiles(
+    rows: Sequence[L],
+    cols: Sequence[L],
+    out: Tensor,
+    symmetric: bool,
+    sizes: tuple[int, int],
+    operand: Callable[[L, int, int], Operand],
+) -> None:
+    """Tiles of the Gram matrix, all layers of a tile while it is in cache.
+
+    Args:
+        rows: layers.
+        cols: layers.
+        out: contiguous rows; added to.
+        symmetric: whether rows and cols are the same, so that half of the matrix is computed and mirrored.
+        sizes: rows and columns of a tile.
+        operand: (layer, start, size) -> tile of samples.
+    """
     for i in range(0, out.shape[0], sizes[0]):
-        left = [_Operand(*x, i, sizes[0]) for x in rows]
+        left = [operand(x, i, sizes[0]) for x in rows]
         for j in range(0, i + 1 if symmetric else out.shape[1], sizes[1]):
-            right = left if symmetric and i == j else [_Operand(*y, j, sizes[1]) for y in cols]
+            right = left if symmetric and i == j else [operand(y, j, sizes[1]) for y in cols]
             tile = out[i : i + sizes[0], j : j + sizes[1]]
             mirror = out[j : j + sizes[1], i : i + sizes[0]] if symmetric else None
             if len(rows) == 1:
@@ -104,8 +129,9 @@ def _tile_size(side: Sequence[Layer]) -> int:
 class _Operand:
     """A tile of samples of one layer, as flat factors."""
 
-    def __init__(self, A: Tensor, B: Tensor, bias: bool, start: int, size: int) -> None:
-        self.group, self.steps, self.bias = group_of(A, B), B.shape[1], bias
+    def __init__(self, layer: Layer, start: int, size: int) -> None:
+        A, B, self.bias = layer
+        self.group, self.steps = group_of(A, B), B.shape[1]
         dtype = tiles.product_dtype(A)
         self.a = tiles.flat_rows(A[start // self.group : (start + size) // self.group].to(dtype))
         self.b = tiles.flat_rows(B[start : start + size].to(dtype))

@@ -17,6 +17,7 @@ except ImportError as error:
 
 CPU, CUDA = 0, 1
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_CODES = DTYPES | {torch.int32: 4}  # products of integers: one kernel meets them
 
 MatrixArgument = tuple[int, int, int, int, int]
 
@@ -70,7 +71,7 @@ def on(device: int, x: Tensor) -> AbstractContextManager[object]:
 def matrix(x: Tensor) -> MatrixArgument:
     """A two-dimensional tensor with contiguous rows as (address, dtype, rows, cols, stride)."""
     rows, cols = x.shape
-    return x.data_ptr(), DTYPES[x.dtype], rows, cols, x.stride(0) if rows > 1 else cols
+    return x.data_ptr(), _CODES[x.dtype], rows, cols, x.stride(0) if rows > 1 else cols
 
 
 def contiguous_rows(x: Tensor) -> bool:

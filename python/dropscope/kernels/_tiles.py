@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -94,8 +94,12 @@ def hadamard(
     groups: tuple[int, int] = (1, 1),
     steps: tuple[int, int] = (1, 1),
     shift: float = 0.0,
+    scales: Sequence[Tensor] = (),
 ) -> None:
-    """out[i, j] += Σ_ts (P + shift) Q over the block (i, j), and mirror[j, i] likewise; P None stands for 1."""
+    """out[i, j] += Σ_ts (P + shift) Q over the block (i, j), and mirror[j, i] likewise; P None stands for 1.
+
+    ``scales``: float32 vectors for the rows and columns of P and the rows and columns of Q, which may then be int32.
+    """
     _run(
         _core.hadamard,
         out,
@@ -106,6 +110,7 @@ def hadamard(
         *groups,
         *steps,
         shift,
+        tuple(matrix(scale.unsqueeze(0)) for scale in scales),
     )
 
 

@@ -138,20 +138,17 @@ def accumulate(A: Tensor, B: Tensor, S: Tensor, out: Tensor) -> None:
     S = S.to(torch.promote_types(A.dtype, torch.float32))
     S = S if contiguous_rows(S) else S.contiguous()
     dtype = tiles.product_dtype(A)
-    together = max(1, min(S.shape[1], 2048 // max(1, units)))
+    # Sums that are parts of wider rows are no one matrix: then a product for each.
+    together = max(1, min(S.shape[1], 2048 // max(1, units))) if out.is_contiguous() else 1
     rows = max(1, tiles.tile_rows(together * units, dtype.itemsize, A.device) // steps)
     space = tiles.Workspace(min(rows, A.shape[0]) * steps * together * units, dtype, A.device)
     for first in range(0, S.shape[1], together):
         weights, target = S[:, first : first + together], out[first : first + together]
-        whole = target.is_contiguous()
-        sums = (target if whole else torch.zeros_like(target, memory_format=torch.contiguous_format)).flatten(0, 1)
         for start in range(0, A.shape[0], rows):
             a, b = A[start : start + rows], B[start * group : (start + rows) * group]
             packed = space.take(a.shape[0] * steps, weights.shape[1] * units)
             tiles.scale_rows(tiles.flat_rows(b), weights[start * group : (start + rows) * group], packed, group, steps)
-            tiles.add_product(sums, packed.T, tiles.flat_rows(a).to(dtype))
-        if not whole:
-            target += sums.view(target.shape)
+            tiles.add_product(target.flatten(0, 1), packed.T, tiles.flat_rows(a).to(dtype))
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ _SMALLEST = 1 << 16
 _WORTHWHILE = 1 << 26
 # How much faster another product must be before it is taken. Where it matters it is 2 times (oneDNN where MKL keeps its
 # AVX-512 code to Intel's CPUs) or more (bfloat16 units), so that a busy machine does not change what is measured.
-_CLEARLY = 1.4
+CLEARLY = 1.4
 
 
 @functools.cache
@@ -29,7 +29,7 @@ def prefer_onednn() -> bool:
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     a, b = _trial(torch.float32)
-    return _CLEARLY * _fastest(lambda: _onednn(a, b)) < _fastest(lambda: torch.mm(a, b))
+    return CLEARLY * fastest(lambda: _onednn(a, b)) < fastest(lambda: torch.mm(a, b))
 
 
 @functools.cache
@@ -37,7 +37,7 @@ def native_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 matrices clearly faster than float32 ones, by a trial of some 10 ms."""
     a, b = _trial(torch.bfloat16)
     c, d = _trial(torch.float32)
-    return _CLEARLY * _fastest(lambda: torch.mm(a, b)) < _fastest(lambda: multiply(c, d))
+    return CLEARLY * fastest(lambda: torch.mm(a, b)) < fastest(lambda: multiply(c, d))
 
 
 def _trial(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -46,7 +46,7 @@ def _trial(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _fastest(product: Callable[[], Tensor]) -> float:
+def fastest(product: Callable[[], Tensor]) -> float:
     """Seconds of the fastest of a few calls, the first not counted."""
     product()
     seconds = []

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dropscope.estimate import Estimate
-from dropscope.factors.eigen import Precision
+from dropscope.factors.centred_gram import Precision
 from dropscope.masks import Sharing
 from dropscope.operators.base import SymmetricOperator
 from dropscope.operators.exact_noise import MAX_EXACT_FACTORS, ExactNoise

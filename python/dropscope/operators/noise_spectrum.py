@@ -13,7 +13,8 @@ import torch
 from dropscope import _files
 from dropscope.estimate import Estimate
 from dropscope.factors import Chunk, FactorBlock, Table
-from dropscope.factors.eigen import Precision, Verify, leading_eigenpairs
+from dropscope.factors.centred_gram import Precision
+from dropscope.factors.eigen import Verify, leading_eigenpairs
 from dropscope.operators import noise_statistics as statistics
 from dropscope.operators.covariance import work_dtype
 from dropscope.spectral import Eigenpairs, EigenStatus, eigsh
@@ -77,10 +78,7 @@ def noise_eigenpairs(
     if table.quiet or not gram_pays(table, k):
         return _with_rank(NoiseEigenpairs(**vars(eigsh(noise.dropout, k, "LA", tol, seed=seed, progress=progress))))
     chunks = list(table.chunks())
-    # The residual of a pair of Σ is that of its pair of the Gram matrix times √(λ₁/λ): a tenth leaves room to λ₁/100.
-    found = leading_eigenpairs(
-        chunks, k, table.problem.dim, precision=precision, verify=verify, tol=0.1 * tol, seed=seed
-    )
+    found = leading_eigenpairs(chunks, k, table.problem.dim, precision=precision, verify=verify, tol=tol, seed=seed)
     scale = float(found.values[0].abs())
     converged = found.residuals <= tol * scale
     crossed = _cross_validated(chunks, k, table.problem.dim, tol, seed, precision) if cross_validate else ()
