@@ -4,11 +4,11 @@ The loop draws its 500 full-batch gradients with `nn.Dropout` and takes their pr
 draws of every sample, more of those with large gradients. Both are held against a reference of many more draws with
 other masks, and ours must be at least as close to its leading ten-dimensional subspace.
 
-The number of draws was chosen by the error of the subspace over seeds, 6 being the fewest whose worst case is below the
-loop's best: 6 draws by gradient norms .19 to .29 over seeds 2 to 6 (5 draws .21 to .36), the loop .317 to .335 over seeds
-1 to 5. On an Intel Cascade Lake (VNNI; one thread, CPU seconds) ours takes 1.2 s, 1.45 s without units for 8-bit integers,
-the loop 27 to 29 s. Factors are rounded, to bfloat16 or for the Gram matrix to 8-bit integers, only where the CPU
-multiplies these faster.
+The number of draws was chosen by the error of the subspace over seeds, 6 being the fewest whose worst case is below
+the loop's best: 6 draws by gradient norms .19 to .29 over seeds 2 to 6 (5 draws .21 to .36), the loop .317 to .335
+over seeds 1 to 5. On an Intel Cascade Lake (VNNI; one thread, CPU seconds) ours takes 1.2 s, 1.45 s without units for
+8-bit integers, the loop 27 to 29 s. Factors are rounded, to bfloat16 or for the Gram matrix to 8-bit integers, only
+where the CPU multiplies these faster.
 """
 
 from __future__ import annotations
