@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import inspect
 import re
 import subprocess
 import sys
@@ -50,6 +51,7 @@ PUBLIC = [
     "replay_dropout",
     "spectral_density",
     "trace",
+    "training",
     "variance_flatness",
 ]
 
@@ -142,6 +144,13 @@ def test_the_version_is_written_once():
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_names_stand_at_the_top_and_say_what_they_are(name):
     assert getattr(dropscope, name).__doc__
+
+
+def test_signatures_are_those_to_call_with():
+    for thing in (getattr(dropscope, name) for name in dropscope.__all__):
+        parameters = inspect.signature(thing).parameters.values() if callable(thing) else ()
+        assert not [p for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)], thing
+    assert list(inspect.signature(dropscope.GradientNoise).parameters)[:3] == ["problem", "draws", "seed"]
 
 
 def test_the_import_is_quiet_and_light():

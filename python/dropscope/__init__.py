@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch as _torch  # noqa: F401  first: our extension shares torch's OpenMP runtime, which must be the one loaded
 
-from dropscope import losses
+from dropscope import losses, training
 from dropscope.analyses import (
     Condensation,
     HessianVariance,
@@ -71,5 +71,6 @@ __all__ = [
     "replay_dropout",
     "spectral_density",
     "trace",
+    "training",
     "variance_flatness",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from functools import cached_property
 from types import TracebackType
@@ -115,6 +116,9 @@ class GradientNoise:
         self.dropout: SymmetricOperator = CovarianceOperator(self, within=1.0 / self.n**2)
         if target is not None:
             self._draw_until(target)
+
+    # What help() shows: __new__ passes everything on.
+    __signature__ = inspect.Signature(list(inspect.signature(__init__).parameters.values())[1:])
 
     def _draw_until(self, target: float) -> None:
         """See ``target`` of the class."""
