@@ -13,6 +13,7 @@ from dropscope.masks import MaskKey
 from dropscope.modes import dual, twice_differentiable
 from dropscope.operators.base import SymmetricOperator
 from dropscope.operators.blocks import BlockPlan
+from dropscope.operators.chain import record_chain
 from dropscope.operators.graphs import Graph, GraphOperator
 from dropscope.problem import Batch, Problem, finite_sum
 
@@ -64,6 +65,7 @@ class Hessian(GraphOperator):
     ) -> None:
         super().__init__(problem, masks, draws, seed, memory=memory, block=block)
         self._forward_over_reverse = False
+        self._chain = True  # until a batch shows that the model is none
 
     def low_precision(self) -> SymmetricOperator | None:
         """As of every operator on graphs; None where products are taken forward over reverse."""
@@ -84,6 +86,12 @@ class Hessian(GraphOperator):
 
     def _build(self, batch: Batch, key: MaskKey | None, weight: float) -> Graph:
         problem = self.problem
+        if self._chain and self._lowered is None:
+            chain = record_chain(problem, batch, key, weight)
+            if chain is not None:
+                refuse_dead_ends([chain.residual])
+                return chain
+            self._chain = False
         values, _ = problem.raw_losses(batch, key)
         finite_sum(values, batch)
         gradients = torch.autograd.grad(
