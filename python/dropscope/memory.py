@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -107,6 +106,12 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
-    for leaf in tree_leaves(tree):
-        if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
-            yield leaf.untyped_storage()
+    if isinstance(tree, Tensor):
+        if tree.layout == torch.strided:
+            yield tree.untyped_storage()
+    elif isinstance(tree, (tuple, list)):  # operators nest nothing else, so that torch's own walk is not needed
+        for part in tree:
+            yield from _storages(part)
+    elif isinstance(tree, dict):
+        for part in tree.values():
+            yield from _storages(part)

@@ -5,8 +5,8 @@ With z_l = a_{l−1} W_lᵀ + b_l, a_l = φ_l(z_l), δ_l = ∂R/∂z_l and ε_l 
     ż_l = a_{l−1} V_lᵀ + ȧ_{l−1} W_lᵀ + c_l,            ȧ_l = φ'_l ∘ ż_l
     δ̇_l = φ'_l ∘ (δ̇_{l+1} W_{l+1} + δ_{l+1} V_{l+1}) + φ''_l ∘ ε_l ∘ ż_l
 
-and the product's parts are δ̇_lᵀ a_{l−1} + δ_lᵀ ȧ_{l−1} and the column sums of δ̇_l (Pearlmutter 1994). These are the matrix
-products of double backward without what autograd adds to them: zeros, copies, sums of parts, calls.
+and the product's parts are δ̇_lᵀ a_{l−1} + δ_lᵀ ȧ_{l−1} and the column sums of δ̇_l (Pearlmutter 1994). These are the
+matrix products of double backward without what autograd adds to them: zeros, copies, sums of parts, calls.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
         out += a @ b
 
 
-class _NoChain(Exception):
+class _NoChainError(Exception):
     """The model is something else."""
 
 
@@ -154,10 +154,14 @@ class _Recorder:
 
     def refuse(self) -> None:
         self.refused = True
-        raise _NoChain
+        raise _NoChainError
 
 
-def _arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _arguments(
+    input: Tensor,  # noqa: A002 (torch's name)
+    weight: Tensor,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     return input, weight, bias
 
 
@@ -180,7 +184,7 @@ def record_chain(problem: Problem, batch: Batch, key: MaskKey | None, weight: fl
     recorder = _Recorder(problem.params)
     try:
         values, _ = problem.raw_losses(batch, key, handlers={F.linear: recorder.linear})
-    except _NoChain:
+    except _NoChainError:
         return None
     if recorder.refused or recorder.place or not recorder.found:
         return None

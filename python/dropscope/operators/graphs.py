@@ -70,6 +70,7 @@ class GraphOperator(SymmetricOperator):
         self._taken_at: Fingerprint | None = None  # the model that the graphs are of
         self._size = 0.0  # bytes of a graph per element of its batch, measured on the first
         self._work = 0.0  # bytes that building it or a product through it takes besides, per element
+        self._made: tuple[Sequence[Tensor] | None] | None = None  # the product that was measured, until it is used
         self._columns = None if block is None else BlockPlan(block, "as asked for")
         self._lowered: torch.dtype | None = None  # of autocast
 
@@ -147,8 +148,10 @@ class GraphOperator(SymmetricOperator):
     def _add(self, rows: Tensor, out: Tensor) -> None:
         """Add the products with the rows to the rows of out."""
         parameters = list(self.problem.params.values())
+        self._measurement()  # of a product that was interrupted
         vectors, images = [self._parts(v) for v in rows.unbind()], [self._parts(image) for image in out.unbind()]
-        for graph, size, keep in self._graphs():
+        for graph, size, keep in self._graphs(vectors[0]):
+            made = self._measurement()
             if self._columns is None and len(vectors) >= LEAST:
                 self._columns = try_block(
                     lambda vs, batched, graph=graph: graph.product(parameters, vs, keep=True, batched=batched),  # type: ignore[misc]
@@ -160,11 +163,20 @@ class GraphOperator(SymmetricOperator):
                 end = min(start + width, len(vectors))
                 together = end - start > 1
                 vs = [torch.stack(c) for c in zip(*vectors[start:end], strict=True)] if together else vectors[start]
-                product = graph.product(parameters, vs, keep=keep or end < len(vectors), batched=together)
+                if made is not None and start == 0 and not together:
+                    (product,) = made
+                else:
+                    product = graph.product(parameters, vs, keep=keep or end < len(vectors), batched=together)
+                made = None
                 if product is not None:
                     _accumulate(product, images[start:end], parameters)
                 del product
             del graph  # before the next is built
+
+    def _measurement(self) -> tuple[Sequence[Tensor] | None] | None:
+        """Take the product that was measured, if there is one; it is kept no longer."""
+        made, self._made = self._made, None
+        return made
 
     def _width(self, size: int, kept: bool) -> int:
         """Columns that go together through a graph of ``size`` bytes: each takes the working memory of a product."""
@@ -180,8 +192,8 @@ class GraphOperator(SymmetricOperator):
         """Views of a flat vector in the parameters' shapes."""
         return list(_unflatten_dense_tensors(v, self._shapes))  # type: ignore[no-untyped-call]
 
-    def _graphs(self) -> Iterator[tuple[Graph, int, bool]]:
-        """Yield each batch's graph under each key, its bytes, and whether it stays."""
+    def _graphs(self, first: Sequence[Tensor]) -> Iterator[tuple[Graph, int, bool]]:
+        """Yield each batch's graph under each key, its bytes, and whether it stays; the first product is measured."""
         problem = self.problem
         weight = problem.total_weight * len(self.keys)
         units = (problem.data.count or 0) * len(self.keys)
@@ -195,7 +207,7 @@ class GraphOperator(SymmetricOperator):
                 if place in self._kept:
                     yield *self._kept[place], True
                     continue
-                graph, size = self._measured(batch, key, weight)
+                graph, size = self._measured(batch, key, weight, first)
                 largest = max(largest, size)
                 work = int(largest * self._work / self._size)
                 # While others are to be rebuilt, one of them must find room beside those that stay.
@@ -214,8 +226,11 @@ class GraphOperator(SymmetricOperator):
                 yield graph, size, place in self._kept
                 del graph  # before the next is built, as the caller does
 
-    def _measured(self, batch: Batch, key: MaskKey | None, weight: float) -> tuple[Graph, int]:
-        """Build a graph; the bytes of the first are counted, the others' follow from their batches' sizes."""
+    def _measured(self, batch: Batch, key: MaskKey | None, weight: float, vs: Sequence[Tensor]) -> tuple[Graph, int]:
+        """Build a graph; the bytes of the first are counted, the others' follow from their batches' sizes.
+
+        So are those of its product with ``vs``, which is left in ``_made``.
+        """
         autocast = nullcontext() if self._lowered is None else torch.autocast(self.device.type, self._lowered)
         counted = nullcontext(None) if self._size else Live()
         with torch.enable_grad(), counted as live:
@@ -223,8 +238,7 @@ class GraphOperator(SymmetricOperator):
                 graph = self._build(batch, key, weight)
             if live is not None:
                 size = live.alive()
-                ones = self._parts(torch.ones(self.dim, dtype=self.dtype, device=self.device))
-                graph.product(list(self.problem.params.values()), ones, keep=True)
+                self._made = (graph.product(list(self.problem.params.values()), vs, keep=True),)
                 self._size, self._work = max(1, size) / batch.elements, (live.peak - size) / batch.elements
         return graph, int(self._size * batch.elements)
 

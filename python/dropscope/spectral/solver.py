@@ -215,7 +215,8 @@ class Solver:
     def _examine(self, bar: tqdm[Any]) -> Eigenpairs | None:
         """The result if it stands; everything that this changes is changed at once, at the end."""
         krylov, k = self.krylov, self.k
-        due = krylov.broke or krylov.size == krylov.capacity or krylov.size % max(1, krylov.capacity // 64) == 0
+        due = krylov.size >= k and krylov.size % max(1, krylov.capacity // 64) == 0
+        due = due or krylov.broke or krylov.size == krylov.capacity
         if self.examined == krylov.steps or krylov.size < 1 or not due:
             return None
         accept_from, settled, result = self.accept_from, self.settled, None
