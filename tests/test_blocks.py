@@ -49,7 +49,37 @@ def test_parameters_outside_the_graph_have_zero_rows(name: str) -> None:
 
 
 def delayed(one: float, together: float) -> Callable[[object, bool], None]:
-    return lambda vs, batched: time.sleep(together if batched else one)
+    """Products that keep the thread busy for so many seconds."""
+
+    def product(vs: object, batched: bool) -> None:
+        end = time.thread_time() + (together if batched else one)
+        while time.thread_time() < end:
+            pass
+
+    return product
+
+
+def test_other_work_on_the_machine_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time in which the thread waited is no time of the product."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    work = delayed(0.004, 0.008)
+
+    def product(vs: object, batched: bool) -> None:
+        work(vs, batched)
+        time.sleep(0.1 * batched)
+
+    assert try_block(product, [[torch.zeros(3)]] * 8, CPU).width == blocks.WIDEST
+
+
+def test_a_slow_start_does_not_decide() -> None:
+    """The first calls take ten times what the others do, in both ways of going."""
+    calls = {False: 0, True: 0}
+
+    def product(vs: object, batched: bool) -> None:
+        calls[batched] += 1
+        delayed(0.004, 0.008)(vs, batched) if calls[batched] > 1 else delayed(0.0045, 0.08)(vs, batched)
+
+    assert try_block(product, [[torch.zeros(3)]] * 8, CPU).width == blocks.WIDEST
 
 
 def test_the_trial_takes_what_is_faster() -> None:

@@ -15,6 +15,7 @@ WIDEST = 8  # columns that go together, where they do
 LEAST = 4  # columns from which a trial is made
 GAIN = 0.85  # of the time of vectors one by one: noise of the clock shall not decide
 SHORT = 5e-3  # seconds of a product: below, the trial is repeated
+ROUNDS = 3  # so many times
 LONG = (2e-2, 1e-1)  # on the CPU and on CUDA: beyond, overhead is nothing and a trial would only cost
 
 Product = Callable[[Sequence[Tensor], bool], Sequence[Tensor] | None]  # directions by parameter, batched
@@ -34,7 +35,7 @@ class BlockPlan:
 
 
 def try_block(product: Product, rows: Sequence[Sequence[Tensor]], device: torch.device) -> BlockPlan:
-    """Time products one by one and together.
+    """Time products one by one and together, the fastest of a few rounds of each.
 
     Args:
         product: the product through a kept graph; batched directions have the columns in dim 0.
@@ -44,7 +45,7 @@ def try_block(product: Product, rows: Sequence[Sequence[Tensor]], device: torch.
     if torch.are_deterministic_algorithms_enabled():
         return BlockPlan(1, "one by one: deterministic algorithms are asked for, and a trial decides by the clock")
     _warm(device)
-    one = min(_seconds(lambda row=row: product(row, False), device) for row in rows[:2])  # type: ignore[misc]
+    one = _seconds(lambda: product(rows[0], False), device)
     if one > LONG[device.type == "cuda"]:
         return BlockPlan(1, f"one by one: a product takes {1e3 * one:.0f} ms, which is work and no overhead")
     width = min(len(rows), WIDEST if one < SHORT else LEAST)
@@ -53,8 +54,10 @@ def try_block(product: Product, rows: Sequence[Sequence[Tensor]], device: torch.
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # torch warns where it loops over the columns by itself
-            for _ in range(3 if one < SHORT else 1):
+            # By turns, so that a machine that slows down or speeds up does so for both.
+            for row in rows[:ROUNDS] if one < SHORT else rows[:1]:
                 together = min(together, _seconds(lambda: product(stacked, True), device) / width)
+                one = min(one, _seconds(lambda row=row: product(row, False), device))  # type: ignore[misc]
     except (RuntimeError, NotImplementedError, UserWarning) as error:
         return BlockPlan(1, f"one by one: torch cannot batch this graph ({str(error).splitlines()[0]})")
     ratio = together / one
@@ -70,10 +73,12 @@ def _warm(device: torch.device) -> None:
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """What a call takes; where this thread does all the work, of its own time, which other processes hardly change."""
+    clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     call()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return clock() - start
