@@ -42,7 +42,8 @@ def native_bfloat16() -> bool:
 
 def _trial(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Matrices of the sizes of our tiles, without drawing from torch's generator."""
-    return torch.full((256, 256), 0.5, dtype=dtype), torch.full((256, 512), 0.5, dtype=dtype)
+    with _disable_current_modes():
+        return torch.full((256, 256), 0.5, dtype=dtype), torch.full((256, 512), 0.5, dtype=dtype)
 
 
 @torch.no_grad()
