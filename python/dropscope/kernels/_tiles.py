@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dropscope.kernels._launch import CPU, CUDA, DTYPES, MatrixArgument, _core, contiguous_rows, launch, matrix, on
 from dropscope.kernels.products import add_product as add_product
+from dropscope.kernels.products import adds_in_place as adds_in_place
 from dropscope.kernels.products import multiply as multiply
 from dropscope.kernels.products import multiply_into, native_bfloat16
 
@@ -134,6 +135,7 @@ __all__ = [
     "Workspace",
     "add",
     "add_product",
+    "adds_in_place",
     "center_rows",
     "even_tile",
     "flat_rows",

@@ -18,6 +18,9 @@ from dropscope.kernels import _tiles as tiles
 from dropscope.kernels._gram import Layer, add_gram, group_of
 from dropscope.kernels._launch import contiguous_rows, device_of
 
+# Steps from which the factors of one sample fill a matrix product by themselves, scaled by it and not before it.
+_LONG = 128
+
 __all__ = ["accumulate", "center", "gram", "gram_sum", "project", "sq_norms"]
 
 
@@ -137,6 +140,10 @@ def accumulate(A: Tensor, B: Tensor, S: Tensor, out: Tensor) -> None:
     group, (steps, units) = group_of(A, B), B.shape[1:]
     S = S.to(torch.promote_types(A.dtype, torch.float32))
     S = S if contiguous_rows(S) else S.contiguous()
+    if group == 1 and steps >= _LONG and S.shape[1] == 1 and not A.is_cuda and tiles.adds_in_place(out, A[0], B[0]):
+        for a, b, weight in zip(A, B, S.squeeze(1).tolist(), strict=True):
+            tiles.add_product(out[0], tiles.flat_rows(b).T, tiles.flat_rows(a), weight)
+        return
     dtype = tiles.product_dtype(A)
     # Sums that are parts of wider rows are no one matrix: then a product for each.
     together = max(1, min(S.shape[1], 2048 // max(1, units))) if out.is_contiguous() else 1

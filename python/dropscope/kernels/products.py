@@ -73,12 +73,17 @@ def multiply_into(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return torch.mm(a, b, out=out)
 
 
-def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a b."""
-    if _takes_onednn(a, b) or out.dtype != a.dtype:
-        out += multiply(a, b)
+def adds_in_place(out: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether :func:`add_product` is one call, which also scales at no cost."""
+    return out.dtype == a.dtype and not _takes_onednn(a, b)
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
+    """out += scale a b."""
+    if adds_in_place(out, a, b):
+        out.addmm_(a, b, alpha=scale)
     else:
-        out.addmm_(a, b)
+        out.add_(multiply(a, b), alpha=scale)
 
 
 def _takes_onednn(a: Tensor, b: Tensor) -> bool:
