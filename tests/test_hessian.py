@@ -137,6 +137,16 @@ def test_zero_initialised_weights_behind_dropout_keep_their_curvature():
     H = Hessian(problem, MaskKey(0)).restrict("0.*").to_dense()
     torch.testing.assert_close(Hessian(problem, MaskKey(0)).to_dense(), cases.dense_hessian(problem, MaskKey(0)))
     assert H.norm() > 0.01
+    # The model is bilinear in the two layers and linear in the first, so there the Gauss-Newton matrix is all of it.
+    torch.testing.assert_close(ds.GaussNewton(problem, MaskKey(0)).restrict("0.*").to_dense(), H, rtol=0, atol=1e-14)
+
+
+def test_dropping_nothing_is_evaluation_bit_for_bit():
+    problem = cases.CASES["mlp"].problem()
+    v = cases.random_vector(problem)
+    for layer in (2, 5):
+        problem.model[layer].p = 0.0
+    assert torch.equal(Hessian(problem, MaskKey(3)) @ v, Hessian(problem) @ v)
 
 
 def test_unused_and_linear_parameters_have_zero_rows():

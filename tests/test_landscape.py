@@ -115,6 +115,16 @@ def test_a_greedy_cover_covers_and_uses_no_neuron_in_vain() -> None:
     assert found.orientations < 100
 
 
+def test_random_neurons_in_the_plane_seem_condensed_unless_weak_ones_are_left_out():
+    """About 13 cones cover a thousand of them, so the paper's ratio over all neurons tells nothing there."""
+    generator = torch.Generator().manual_seed(0)
+    strong = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    theta = torch.cat((strong.repeat(5, 1), 0.01 * torch.randn(990, 2, generator=generator)))
+    model = neurons(theta, torch.ones(1, 1000))
+    assert 10 <= ds.condensation(model, "0", "2", floor=0.0).orientations <= 15
+    assert ds.condensation(model, "0", "2").orientations == 2
+
+
 def test_filters_of_a_convolution_and_a_flattened_readout() -> None:
     net = nn.Sequential(nn.Conv2d(2, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 4, 3))
     found = ds.condensation(net, "0", "3", floor=0.0)
