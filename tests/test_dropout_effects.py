@@ -74,31 +74,6 @@ def labels_forced(monkeypatch, u):
     monkeypatch.setattr(likelihood_module, "uniform", lambda *_: u.flatten())
 
 
-def test_dropout_on_the_inputs_of_a_linear_model_is_a_penalty():
-    """E R = ½(t−wᵀx)² + ½κΣwⱼ²xⱼ² and E∇R = −(t−wᵀx)x + κ w∘x², κ = (1−q)/q, q the probability to keep.
-
-    4096 draws of one sample: nine numbers beyond 4.5 standard errors have a false-alarm rate below 1e-4; seed fixed.
-    """
-    generator = torch.Generator().manual_seed(0)
-    w, x, t = torch.randn(4, generator=generator), torch.randn(4, generator=generator), torch.tensor(0.7)
-    w, x, t, draws, q = w.double(), x.double(), t.double(), 4096, ds.keep_probability(0.3)
-    model = nn.Sequential(nn.Dropout(0.3), nn.Linear(4, 1, bias=False)).double()
-    model[1].weight.data.copy_(w)
-    problem = ds.Problem(model, lambda out, y: 0.5 * (out[:, 0] - y).square(), (x[None], t[None]))
-    (batch,) = problem.batches()
-    values, _ = problem.sample_losses(batch, ds.MaskKey(11), draws)
-    residual, kappa = t - w @ x, (1 - q) / q
-    mean = 0.5 * residual**2 + 0.5 * kappa * (w * x).square().sum()
-    assert abs(values.mean() - mean) < 4.5 * values.std() / draws**0.5
-    slopes = torch.autograd.functional.jacobian(
-        lambda p: problem.substituted({"1.weight": p}, lambda: problem.sample_losses(batch, ds.MaskKey(11), draws)[0]),
-        w[None],
-    )[:, 0]
-    expected = -residual * x + kappa * w * x**2
-    assert ((slopes.mean(0) - expected).abs() < 4.5 * slopes.std(0) / draws**0.5).all()
-    assert (expected + residual * x).abs().max() > 10 * (slopes.std(0) / draws**0.5).max()
-
-
 def test_explicit_penalty_is_exactly_what_dropout_adds_to_a_squared_loss():
     model, (x, y) = mlp(), batch()
     kept = ds.keep_probability(0.3)
@@ -253,6 +228,22 @@ def test_one_pass_for_both_has_the_mean_of_the_penalty_and_the_covariance_of_the
     assert sum(penalties) / 2 == pytest.approx(float(whole.detach()), rel=1e-12)
     noise = training.implicit_noise(sites, F.cross_entropy(logits, y), key=KEY)
     assert sum(noises) / math.sqrt(2) == pytest.approx(float(noise.detach()), rel=1e-12)
+
+
+def test_padded_sequences_have_the_penalty_of_unpadded_ones():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.2, batch_first=True, dtype=torch.float64)
+    x, y = torch.randn(4, 5, 8, dtype=torch.float64), torch.randint(8, (4,))
+    longer = torch.cat((x, torch.randn(4, 2, 8, dtype=torch.float64)), 1)
+    found = []
+    for inputs in (x, longer):
+        padding = (torch.arange(inputs.shape[1]) >= 5).expand(4, -1)
+        with training.dropout_sites(torch.arange(4), model=layer) as sites:
+            output = layer(inputs, src_key_padding_mask=padding)[:, :5].mean(1)
+        penalty = training.explicit_penalty(sites, nn.CrossEntropyLoss(), output, y, key=KEY, curvature="jacobian")
+        found.append(penalty)
+    assert found[0] > 0
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -210,3 +210,28 @@ def test_arguments_are_checked() -> None:
         modified_loss(problem, "R_drop", sharing="all")
     with pytest.raises(ValueError, match=r"draw outside|draw must"):
         modified_loss(problem, "R_drop")(-1)
+
+
+def test_dropout_on_the_inputs_of_a_linear_model_is_a_penalty():
+    """E R = ½(t−wᵀx)² + ½κΣwⱼ²xⱼ² and E∇R = −(t−wᵀx)x + κ w∘x², κ = (1−q)/q, q the probability to keep.
+
+    4096 draws of one sample: nine numbers beyond 4.5 standard errors have a false-alarm rate below 1e-4; seed fixed.
+    """
+    generator = torch.Generator().manual_seed(0)
+    w, x, t = torch.randn(4, generator=generator), torch.randn(4, generator=generator), torch.tensor(0.7)
+    w, x, t, draws, q = w.double(), x.double(), t.double(), 4096, ds.keep_probability(0.3)
+    model = nn.Sequential(nn.Dropout(0.3), nn.Linear(4, 1, bias=False)).double()
+    model[1].weight.data.copy_(w)
+    problem = ds.Problem(model, lambda out, y: 0.5 * (out[:, 0] - y).square(), (x[None], t[None]))
+    (batch,) = problem.batches()
+    values, _ = problem.sample_losses(batch, ds.MaskKey(11), draws)
+    residual, kappa = t - w @ x, (1 - q) / q
+    mean = 0.5 * residual**2 + 0.5 * kappa * (w * x).square().sum()
+    assert abs(values.mean() - mean) < 4.5 * values.std() / draws**0.5
+    slopes = torch.autograd.functional.jacobian(
+        lambda p: problem.substituted({"1.weight": p}, lambda: problem.sample_losses(batch, ds.MaskKey(11), draws)[0]),
+        w[None],
+    )[:, 0]
+    expected = -residual * x + kappa * w * x**2
+    assert ((slopes.mean(0) - expected).abs() < 4.5 * slopes.std(0) / draws**0.5).all()
+    assert (expected + residual * x).abs().max() > 10 * (slopes.std(0) / draws**0.5).max()

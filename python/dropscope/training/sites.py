@@ -177,7 +177,7 @@ class _Recorder(Replay):
         dim = 0 if shared else self.check(call, x.shape, dim)
         if not x.requires_grad:
             units = x.detach().requires_grad_()
-        elif call.func.__name__.endswith("_") or arguments(call, ("input", "p", "training", "inplace")).get("inplace"):
+        elif _in_place(call):
             units = x.clone()  # x itself is about to become the result
         else:
             units = x.view_as(x)
@@ -214,6 +214,13 @@ class _Recorder(Replay):
 
     def _record(self, word: int, units: Tensor, threshold: int, shared: bool, dim: int) -> None:
         self.found.append(Site(self.sites[word], units, threshold / 65536.0, shared, word, dim))
+
+
+def _in_place(call: Call) -> bool:
+    """Whether a dropout call writes into its input; of those that take the argument, F.dropout alone comes here."""
+    if call.func is F.dropout:
+        return bool(arguments(call, ("input", "p", "training", "inplace")).get("inplace"))
+    return call.func.__name__.endswith("_")
 
 
 def _threshold(call: Call, p: float) -> int:
