@@ -18,6 +18,7 @@ SHAPES = {
     "sequence_shared": (40, 4, 3, 12, 10, 2),
     "long": (6, 2, 130, 6, 5, 2),
     "one_long": (1, 1, 700, 3, 2, 1),
+    "many_vectors": (30, 2, 9, 5, 70, 60),
 }
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 1e-2}
 DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
@@ -81,8 +82,8 @@ def test_gram_and_norms_equal_the_definition(shape, dtype, bias):
 @pytest.mark.parametrize("bias", [False, True])
 def test_both_routes_of_a_long_gram_agree(monkeypatch, dtype, bias):
     """The materialised one by slabs of two of six output units."""
-    monkeypatch.setattr("dropscope.kernels._gram._SLAB_BYTES", {"cpu": 1})
-    monkeypatch.setattr("dropscope.kernels._gram._FEWEST_UNITS", 2)
+    monkeypatch.setattr("dropscope.kernels._slabs._SLAB_BYTES", {"cpu": 1})
+    monkeypatch.setattr("dropscope.kernels._slabs._FEWEST_UNITS", 2)
     A, B, _, _ = factors((20, 2, 5, 4, 6, 1), dtype)
     results = []
     for ghost in (False, True):
@@ -93,6 +94,24 @@ def test_both_routes_of_a_long_gram_agree(monkeypatch, dtype, bias):
         kernels.gram(A, B, A[:4].clone(), B[:8].clone(), other, bias=bias)
         assert_near(other, results[-1][:, :8], dtype)
     assert_near(*results, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("slab_bytes", [1, 1 << 12, 1 << 24])
+def test_both_routes_of_products_with_many_vectors_agree(slab_bytes, dtype, monkeypatch):
+    """Materialised by slabs of samples and of output units, and by factors."""
+    monkeypatch.setattr("dropscope.kernels._slabs._SLAB_BYTES", {"cpu": slab_bytes})
+    monkeypatch.setattr("dropscope.kernels._slabs._FEWEST_UNITS", 2)
+    A, B, V, S = factors(SHAPES["many_vectors"], dtype)
+    results = []
+    for pays in (True, False):
+        monkeypatch.setattr("dropscope.kernels._slabs.pays", lambda *_, pays=pays: pays)
+        dots, total = torch.ones(S.shape, dtype=sums(dtype)), torch.ones(V.shape, dtype=sums(dtype))
+        kernels.project(A, B, V, dots)
+        kernels.accumulate(A, B, S, total)
+        results.append((dots, total))
+    for materialised, by_factors in zip(*results, strict=True):
+        assert_near(materialised, by_factors, dtype)
 
 
 @DTYPES

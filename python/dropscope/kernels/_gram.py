@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -11,17 +11,11 @@ from torch import Tensor
 
 from dropscope.kernels import _tiles as tiles
 from dropscope.kernels._launch import contiguous_rows
+from dropscope.kernels._slabs import group_of, slabs
 
 # A, B and whether the bias's gradient counts.
 Layer = tuple[Tensor, Tensor, bool]
 L = TypeVar("L")
-# Bytes of the gradients of some output units, so that they stay near the processor, and the fewest of these units.
-_SLAB_BYTES, _FEWEST_UNITS = {"cpu": 24 << 20, "cuda": 256 << 20}, 16
-
-
-def group_of(A: Tensor, B: Tensor) -> int:
-    """How many consecutive samples share a row of A."""
-    return B.shape[0] // A.shape[0]
 
 
 def add_gram(rows: Sequence[Layer], cols: Sequence[Layer], out: Tensor) -> None:
@@ -85,38 +79,16 @@ def add_tiles(
 def _add_materialised(rows: Layer, cols: Layer, out: Tensor, symmetric: bool) -> None:
     """Gradients of some output units at a time, each made once for the whole matrix."""
     step = tiles.gram_samples(rows[1])
-    slabs = [_slabs(*rows, len(cols[1]))]
+    sides = [slabs(*rows, len(cols[1]))]
     if not symmetric:
-        slabs.append(_slabs(*cols, len(rows[1])))
-    for parts in zip(*slabs, strict=True):
+        sides.append(slabs(*cols, len(rows[1])))
+    for parts in zip(*sides, strict=True):
         left, right = parts[0], parts[-1]
         for i in range(0, len(left), step):
             for j in range(0, i + 1 if symmetric else len(right), step):
                 to, at = slice(i, i + step), slice(j, j + step)
                 Q = tiles.multiply(left[to], right[at].T)
                 tiles.hadamard(None, Q, out[to, at], out[at, to] if symmetric else None)
-
-
-def _slabs(A: Tensor, B: Tensor, bias: bool, others: int) -> Iterator[Tensor]:
-    """Gradients (n, units · d_in) of a few output units after the other, then the bias's; each gone with the next.
-
-    The width of the slabs is that of the larger of the two sides, so that both have the same.
-    """
-    dtype = tiles.product_dtype(A)
-    A, B = A.to(dtype), B.to(dtype)
-    samples, steps, units = B.shape
-    n, group, d_in = len(A), group_of(A, B), A.shape[2]
-    width = max(_FEWEST_UNITS, _SLAB_BYTES[A.device.type] // (max(samples, others) * d_in * dtype.itemsize))
-    width = tiles.even_tile(units, width)
-    memory = torch.empty(samples * min(width, units) * d_in, dtype=dtype, device=A.device)
-    for first in range(0, units, width):
-        b = B[:, :, first : first + width]
-        # The draws that share a row of A are more output units of it.
-        b = b.reshape(n, group, steps, -1).transpose(2, 3).reshape(n, -1, steps)
-        slab = memory[: n * b.shape[1] * d_in].view(n, b.shape[1], d_in)
-        yield torch.bmm(b, A, out=slab).view(samples, -1)
-    if bias:
-        yield B.sum(1)
 
 
 def _tile_size(side: Sequence[Layer]) -> int:

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from dropscope import reference
+from dropscope.kernels import _slabs as slabs
 from dropscope.kernels import _tiles as tiles
-from dropscope.kernels._gram import Layer, add_gram, group_of
+from dropscope.kernels._gram import Layer, add_gram
 from dropscope.kernels._launch import contiguous_rows, device_of
+from dropscope.kernels._slabs import group_of
 
 # Steps from which the factors of one sample fill a matrix product by themselves, scaled by it and not before it.
 _LONG = 128
@@ -96,6 +98,9 @@ def project(A: Tensor, B: Tensor, V: Tensor, out: Tensor) -> None:
         project(A, B, V, sums)
         out.copy_(sums)
         return
+    if slabs.pays(A, B, V.shape[0]):
+        slabs.project(A, B, V, out)
+        return
     dtype = tiles.product_dtype(A)
     V, group = V.to(dtype), group_of(A, B)
     if group == 1 and A.shape[2] < B.shape[2]:  # the product is then narrower
@@ -136,6 +141,9 @@ def accumulate(A: Tensor, B: Tensor, S: Tensor, out: Tensor) -> None:
         return
     if not _compiled((A, B), (S, out), out):
         reference.accumulate(A, B, S, out)
+        return
+    if slabs.pays(A, B, S.shape[1]):
+        slabs.accumulate(A, B, S, out)
         return
     group, (steps, units) = group_of(A, B), B.shape[1:]
     S = S.to(torch.promote_types(A.dtype, torch.float32))
