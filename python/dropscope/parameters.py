@@ -79,19 +79,26 @@ def _select(
 
 
 def with_tensors(model: nn.Module, tensors: Mapping[str, Tensor], fn: Callable[[], T]) -> T:
-    """Call ``fn`` with tensors in place of the model's parameters of these names."""
-    named = {f"model.{name}": tensor for name, tensor in tensors.items()}
-    result: T = torch.func.functional_call(_Shell(model), named, (fn,))
-    return result
+    """Call ``fn`` with tensors in place of the model's parameters of these names, then put the parameters back.
 
-
-class _Shell(nn.Module):
-    """Holds the model so that functional_call can swap its parameters around any function."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.training = model.training
-
-    def forward(self, fn: Callable[[], T]) -> T:
+    Every use of a parameter counts, under whatever name. ``torch.func.functional_call`` leaves a tensor behind in a
+    module that is registered under two names.
+    """
+    places = {id(p): tensors[name] for name, p in model.named_parameters() if name in tensors}
+    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+    flat: list[tuple[nn.Module, dict[str, object]]] = []  # the weights that RNNs hold besides
+    try:
+        for module in model.modules():
+            for name, p in module._parameters.items():
+                if p is not None and id(p) in places:
+                    replaced.append((module, name, p))
+            if isinstance(module, nn.RNNBase):
+                flat.append((module, {name: v for name, v in vars(module).items() if name.startswith("_flat_weight")}))
+        for module, name, p in replaced:
+            module._parameters[name] = places[id(p)]  # type: ignore[assignment]
         return fn()
+    finally:
+        for module, name, p in replaced:
+            module._parameters[name] = p
+        for module, held in flat:
+            vars(module).update(held)
