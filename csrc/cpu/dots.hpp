@@ -22,7 +22,7 @@ inline void fetch_ahead(const void* line) {
 // Rows whose sums the registers hold.
 constexpr int most_rows = Floats::count > 2 ? 2 : 7;
 
-// Whether a chunk of w is kept with even and odd places apart, 16 of each in turn, as load32 gives rows of
+// Whether a chunk of w is kept with even and odd places apart, 16 of each in turn, as load_pair gives rows of
 // TQ.
 template <class Real, class TQ>
 constexpr bool apart = std::is_same_v<Real, float> && std::is_same_v<TQ, BFloat16>;
@@ -103,30 +103,55 @@ void dots(const float* q, int64_t stride, const float* w, int64_t count, double*
   for (int r = 0; r < R; ++r) out[r] = total(sums[r]);
 }
 
+// Rows in bfloat16 at one multiple of 32 columns: in place or, of fewer columns, a copy filled up with zeros.
+template <int R>
+struct Rows32 {
+  const BFloat16* at[R];
+  BFloat16 rest[R][32];
+
+  Rows32(const BFloat16* q, int64_t stride, int64_t count) {
+    for (int r = 0; r < R; ++r) {
+      at[r] = q + r * stride;
+      fetch_ahead(at[r]);
+    }
+    if (count >= 32) return;
+    std::memset(rest, 0, sizeof rest);
+    for (int r = 0; r < R; ++r) {
+      std::memcpy(rest[r], at[r], static_cast<size_t>(count) * sizeof(BFloat16));
+      at[r] = rest[r];
+    }
+  }
+};
+
+// Adds the products of up to 256 columns of R rows to their sums.
+template <int R>
+inline void add_run(const BFloat16* q, int64_t stride, const float* w, int64_t count, Doubles* sums) {
+  if constexpr (R > most_rows) {  // while this piece of w is in the first cache
+    add_run<most_rows>(q, stride, w, count, sums);
+    return add_run<R - most_rows>(q + most_rows * stride, stride, w, count, sums + most_rows);
+  }
+  Floats run[R];
+  for (int r = 0; r < R; ++r) run[r] = splat16(0.0f);
+  for (int64_t j = 0; j < count; j += 32) {
+    const Rows32<R> rows(q + j, stride, count - j);
+    for (int i = 0; i < Floats::count; ++i) {
+      const Floats::Register even = load_floats(w + j + i * Floats::width);
+      const Floats::Register odd = load_floats(w + j + 16 + i * Floats::width);
+      for (int r = 0; r < R; ++r) {
+        const Pair x = load_pair(rows.at[r] + 2 * i * Floats::width);
+        run[r].r[i] = (run[r].r[i] + x.even * even) + x.odd * odd;
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) sums[r] = add_halves(sums[r], run[r]);
+}
 // The rows in bfloat16, w set apart.
 template <int R>
 void dots(const BFloat16* q, int64_t stride, const float* w, int64_t count, double* out) {
-  if constexpr (R > most_rows) {
-    dots<most_rows>(q, stride, w, count, out);
-    return dots<R - most_rows>(q + most_rows * stride, stride, w, count, out + most_rows);
-  }
   Doubles sums[R];
   for (int r = 0; r < R; ++r) sums[r] = splat8(0.0);
-  for (int64_t j = 0; j < count;) {
-    const int64_t end = count - j < run_cols ? count : j + run_cols;
-    Floats run[R];
-    for (int r = 0; r < R; ++r) run[r] = splat16(0.0f);
-    for (; j < end; j += 32) {
-      const Floats even = load16(w + j), odd = load16(w + j + 16);
-      for (int r = 0; r < R; ++r) {
-        const BFloat16* at = q + r * stride + j;
-        fetch_ahead(at);
-        const Apart x = end - j < 32 ? load_rest32(at, end - j) : load32(at);
-        run[r] = add_product(add_product(run[r], x.even, even), x.odd, odd);
-      }
-    }
-    for (int r = 0; r < R; ++r) sums[r] = add_halves(sums[r], run[r]);
-  }
+  for (int64_t j = 0; j < count; j += run_cols)
+    add_run<R>(q + j, stride, w + j, count - j < run_cols ? count - j : run_cols, sums);
   for (int r = 0; r < R; ++r) out[r] = total(sums[r]);
 }
 
@@ -175,20 +200,23 @@ void remove(const float* q, int64_t stride, float* w, int64_t count, const doubl
   }
   store_rest16(w + j, add(v, rest), count - j);
 }
+// A register at a time, so that few hold what they need.
 template <int R>
 void remove(const BFloat16* q, int64_t stride, float* w, int64_t count, const double* c) {
   Floats high[R], low[R];
   split<R>(c, high, low);
   for (int64_t j = 0; j < count; j += 32) {
-    Floats even = load16(w + j), odd = load16(w + j + 16), rest[2] = {splat16(0.0f), splat16(0.0f)};
-    for (int r = 0; r < R; ++r) {
-      const BFloat16* at = q + r * stride + j;
-      fetch_ahead(at);
-      const Apart x = count - j < 32 ? load_rest32(at, count - j) : load32(at);
-      even = subtract_product(even, high[r], x.even), odd = subtract_product(odd, high[r], x.odd);
-      rest[0] = subtract_product(rest[0], low[r], x.even), rest[1] = subtract_product(rest[1], low[r], x.odd);
+    const Rows32<R> rows(q + j, stride, count - j);
+    for (int i = 0; i < Floats::count; ++i) {
+      float* at = w + j + i * Floats::width;
+      Pair v{load_floats(at), load_floats(at + 16)}, rest{splat_floats(0.0f), splat_floats(0.0f)};
+      for (int r = 0; r < R; ++r) {
+        const Pair x = load_pair(rows.at[r] + 2 * i * Floats::width);
+        v = {v.even - high[r].r[0] * x.even, v.odd - high[r].r[0] * x.odd};
+        rest = {rest.even - low[r].r[0] * x.even, rest.odd - low[r].r[0] * x.odd};
+      }
+      store_floats(at, v.even + rest.even), store_floats(at + 16, v.odd + rest.odd);
     }
-    store16(w + j, add(even, rest[0])), store16(w + j + 16, add(odd, rest[1]));
   }
 }
 

@@ -78,33 +78,30 @@ inline Doubles add_halves(Doubles sum, Floats a) {
   return sum;
 }
 
-// 32 bfloat16, those at even places and those at odd ones: halves of a word, each a shift or a mask away from
-// its float.
-struct Apart {
-  Floats even, odd;
+inline void store_floats(float* out, Floats::Register a) { std::memcpy(out, &a, sizeof a); }
+
+// Two registers of bfloat16, those at even places and those at odd ones: halves of a word, each a shift or a
+// mask away from its float.
+struct Pair {
+  Floats::Register even, odd;
 };
-inline Apart load32(const BFloat16* x) {
-  Apart a;
-  for (int i = 0; i < Floats::count; ++i) {
-    const BFloat16* from = x + 2 * i * Floats::width;
+inline Pair load_pair(const BFloat16* x) {
 #if defined(__AVX512F__)
-    const __m512i pairs = _mm512_loadu_si512(from), upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000));
-    a.even.r[i] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-    a.odd.r[i] = _mm512_castsi512_ps(_mm512_and_si512(pairs, upper));
+  const __m512i pairs = _mm512_loadu_si512(x), upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)),
+          _mm512_castsi512_ps(_mm512_and_si512(pairs, upper))};
 #elif defined(__AVX2__)
-    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xFFFF0000));
-    a.even.r[i] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
-    a.odd.r[i] = _mm256_castsi256_ps(_mm256_and_si256(pairs, upper));
+  const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+  const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xFFFF0000));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)),
+          _mm256_castsi256_ps(_mm256_and_si256(pairs, upper))};
 #elif defined(__SSE2__)
-    const __m128i pairs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-    a.even.r[i] = _mm_castsi128_ps(_mm_slli_epi32(pairs, 16));
-    a.odd.r[i] = _mm_castsi128_ps(_mm_and_si128(pairs, _mm_set1_epi32(static_cast<int>(0xFFFF0000))));
+  const __m128i pairs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+  return {_mm_castsi128_ps(_mm_slli_epi32(pairs, 16)),
+          _mm_castsi128_ps(_mm_and_si128(pairs, _mm_set1_epi32(static_cast<int>(0xFFFF0000))))};
 #else
-    a.even.r[i] = widen(from[0]), a.odd.r[i] = widen(from[1]);
+  return {widen(x[0]), widen(x[1])};
 #endif
-  }
-  return a;
 }
 
 // The last count elements, too few for a vector, filled up with zeros.
@@ -112,11 +109,6 @@ inline Floats load_rest16(const float* x, int64_t count) {
   float rest[16] = {};
   std::memcpy(rest, x, static_cast<size_t>(count) * sizeof(float));
   return load16(rest);
-}
-inline Apart load_rest32(const BFloat16* x, int64_t count) {
-  BFloat16 rest[32] = {};
-  std::memcpy(rest, x, static_cast<size_t>(count) * sizeof(BFloat16));
-  return load32(rest);
 }
 inline void store_rest16(float* out, Floats a, int64_t count) {
   float rest[16];
