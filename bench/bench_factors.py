@@ -18,7 +18,7 @@ from dropscope import kernels
 
 SIZES = (784, 500, 500, 10)
 DRAWS = 4
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.int8: 1e-2}
 
 
 def factors(rows: int, dtype: torch.dtype, shared: bool) -> list[tuple[Tensor, Tensor]]:
@@ -85,12 +85,16 @@ def product(rows: int, dtype: torch.dtype, shared: bool) -> Contest:
 
 def gram(rows: int, dtype: torch.dtype, shared: bool) -> Contest:
     """The Gram matrix of all layers."""
-    layers = factors(rows, dtype, shared)
+    layers = factors(rows, torch.float32 if dtype == torch.int8 else dtype, shared)
     with_bias = [(A, B, False) for A, B in layers]
     out, buffer, wide = torch.zeros(rows, rows), torch.empty(rows, rows), plain(layers, torch.float32)
 
     def ours() -> list[Tensor]:
-        kernels.gram_sum(with_bias, with_bias, out.zero_())
+        if dtype == torch.int8:
+            rounded = [(kernels.round_rows(A[:, 0]), kernels.round_rows(B[:, 0]), False) for A, B in layers]
+            kernels.gram_rounded(rounded, rounded, out.zero_())
+        else:
+            kernels.gram_sum(with_bias, with_bias, out.zero_())
         return [out]
 
     def torch_loop(wide: list[tuple[Tensor, Tensor]] = wide) -> list[Tensor]:
@@ -131,6 +135,38 @@ def gram_float32() -> Contest:
 @contest("Gram matrix from factors, 4000 rows, bfloat16 (bare: float32)", within=1.0, rounds=5)
 def gram_bfloat16() -> Contest:
     return gram(4000, torch.bfloat16, shared=False)
+
+
+@contest("Gram matrix from factors rounded to 8-bit integers, 4000 rows (bare: float32)", within=1.0, rounds=5)
+def gram_int8() -> Contest:
+    return gram(4000, torch.int8, shared=False)
+
+
+@contest("Σ-product of 10 vectors at once, 64 sequences of 256 tokens, width 512", within=1.25, rounds=5)
+def columns_sequences() -> Contest:
+    """Against bare products with materialised gradients, which are the fewest multiply-adds."""
+    (A, B), K = sequences(64, 256, 512), 10
+    V = torch.randn(K, 512, 512, generator=torch.Generator().manual_seed(1)) / 512
+    out, made, dots = torch.zeros(K, 512, 512), torch.empty(64, 512, 512), torch.empty(64, K)
+
+    def ours() -> list[Tensor]:
+        s = torch.zeros(64, K)
+        kernels.project(A, B, V, s)
+        kernels.accumulate(A, B, kernels.center(s, DRAWS), out.zero_())
+        return [out]
+
+    def exact() -> list[Tensor]:
+        G = (B.double().mT @ A.double()).flatten(1)
+        s = (G @ V.double().flatten(1).T).view(-1, DRAWS, K)
+        return [((s - s.mean(1, keepdim=True)).view(-1, K).T @ G).view(K, 512, 512)]
+
+    def bare() -> None:
+        torch.bmm(B.mT, A, out=made)
+        torch.mm(made.flatten(1), V.flatten(1).T, out=dots)
+        torch.bmm(B.mT, A, out=made)
+        torch.mm(dots.T, made.flatten(1), out=out.flatten(1))
+
+    return Contest(ours, checked(exact, torch.float32), ceiling=("bare products", bare))
 
 
 def sequences(samples: int, steps: int, width: int) -> tuple[Tensor, Tensor]:
