@@ -97,5 +97,6 @@ for THREADS in (1, 2):
             large(UNITS),
             WITHIN,
             threads=THREADS,
-            faster={"F.dropout": 15},
+            # The design asks it of a thread, for rows from 64. F.dropout draws on one thread however many there are.
+            faster={"F.dropout": 15} if THREADS == 1 and UNITS >= 64 else {},
         )

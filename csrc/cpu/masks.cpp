@@ -36,6 +36,8 @@ void apply_mask(ConstMatrix x, Matrix out, MaskSource source, Launch launch) {
       return apply<BFloat16>(x, out, source, launch.threads);
     case DType::f16:
       return apply<Float16>(x, out, source, launch.threads);
+    case DType::i32:
+      return;  // refused before
   }
 }
 
