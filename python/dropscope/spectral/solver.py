@@ -235,7 +235,11 @@ class Solver:
             bar.n = ready
             worst = float(estimates.max()) / ritz.scale if ritz.scale else 0.0
             bar.set_postfix(residual=f"{worst:.1e}", products=self.matvecs)
-            if ready == k and krylov.steps >= accept_from:
+            found = ready == k and krylov.steps >= accept_from
+            if not (found or krylov.broke):
+                self.examined = krylov.steps
+                return None
+            if found:
                 if settled is None and krylov.steps < krylov.capacity:
                     stir, accept_from = min(STIR, 0.3 * ASYMMETRY / self.tol), krylov.capacity
                 elif self.stage == "low":
