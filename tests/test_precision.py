@@ -163,6 +163,16 @@ def test_never_a_wrong_converged(
     check(A, eigsh(A, k, which, tol=tol, max_matvecs=2 * basis + budget, seed=seed, basis=basis, precision=precision))
 
 
+@pytest.mark.parametrize(("k", "budget"), [(1, 3), (2, 4)])
+def test_products_that_run_out_after_slow_davidson_steps(k: int, budget: int) -> None:
+    """Lanczos in full precision could not be begun anew with what is left."""
+    basis, M = k + 10, matrix(1 / (1 + torch.arange(40, dtype=torch.float64)), torch.float32, 0)
+    A = Rounded(M, lambda out, count: out + 0.05 * torch.roll(out, 1, 0))
+    pairs = eigsh(A, k, "SA", tol=1e-3, max_matvecs=2 * basis + budget, basis=basis, precision="mixed")
+    check(A, pairs)
+    assert pairs.status is EigenStatus.MAX_MATVECS
+
+
 class Stop(KeyboardInterrupt):
     pass
 

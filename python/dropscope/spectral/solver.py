@@ -83,6 +83,11 @@ class Solver:
         """Products of both kinds."""
         return self.full_matvecs + self.low_matvecs
 
+    @property
+    def _fewest(self) -> int:
+        """Products without which Lanczos in full precision, begun anew, would have no k pairs to show."""
+        return self.k + 2
+
     def run(self, bar: tqdm[Any], store: Checkpoint | None) -> Eigenpairs:
         """Iterate to a result.
 
@@ -106,7 +111,7 @@ class Solver:
     def _lanczos(self, bar: tqdm[Any], store: Checkpoint | None) -> Eigenpairs | None:
         """The result, or None where Davidson steps are to follow."""
         while (result := self._examine(bar)) is None and self.davidson is None:
-            reserve = self.k if self.stage == "low" else 1
+            reserve = self._fewest if self.stage == "low" else 1
             if self.matvecs >= self.budget - reserve:
                 if self.stage == "low":
                     self._hand_over(self._ritz())
@@ -138,6 +143,8 @@ class Solver:
                 store.save_if_due()
             bar.set_postfix_str(f"full precision, products={self.matvecs}")
         status, residuals = done
+        if status is None and self.budget - self.matvecs < self._fewest:
+            status = EigenStatus.MAX_MATVECS
         if status is None:
             self._full(f"{self.precision}; then full: Davidson steps were slow")
             return None
