@@ -121,7 +121,8 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     if out.dim() == 2:
         add_product(out, a, b)
     else:
-        out += a @ b
+        K = len(out)  # in place, so that columns together take no more memory each than one alone
+        out.baddbmm_(a if a.dim() == 3 else a.expand(K, *a.shape), b if b.dim() == 3 else b.expand(K, *b.shape))
 
 
 class _NoChainError(Exception):
