@@ -100,6 +100,15 @@ def test_bad_files_are_refused_in_one_line(name: str, tmp_path: Path) -> None:
     assert len(got.stderr.strip().splitlines()) == 1
 
 
+def test_a_model_of_few_parameters_has_all_its_pairs(sound: Path) -> None:
+    few = {"(4, 12)": "(4, 1)", "(12, 2)": "(1, 1)", "CrossEntropy": "MSE", "arange(200) % 2": "ones(200, 1)"}
+    for old, new in few.items():
+        sound.write_text(sound.read_text().replace(old, new))
+    got = run("spectrum", sound, "--json", "--quiet")
+    assert got.exit_code == 0, got.output
+    assert len(json.loads(got.stdout)["eigenvalues"]) == 7
+
+
 def test_bad_options_are_refused(sound: Path) -> None:
     assert run("spectrum", sound, "-k", 0).exit_code == 2
     got = run("relation", sound, "-k", 1000, "--quiet")

@@ -123,7 +123,9 @@ def measurement(command: Callable[..., None]) -> Callable[..., None]:
     """The arguments that spectrum, noise and relation share."""
     for option in (
         click.argument("file", type=click.Path(path_type=Path)),
-        click.option("-k", "pairs", type=click.IntRange(1), default=10, show_default=True, help="Eigenpairs."),
+        click.option(
+            "-k", "pairs", type=click.IntRange(1), help="Eigenpairs.  [default: 10, or all of fewer parameters]"
+        ),
         click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True),
         click.option("--out", type=FOLDER, callback=_folder, help="Folder for results and a report."),
         click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text."),
@@ -138,35 +140,39 @@ def measurement(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--probes", type=click.IntRange(2), default=8, show_default=True, help="Probes of the density.")
 @click.option("--steps", type=click.IntRange(2), default=80, show_default=True, help="Lanczos steps for each.")
 @guarded
-def spectrum(file: Path, pairs: int, seed: int, out: Path | None, as_json: bool, quiet: bool, tol: float, probes: int,
-             steps: int) -> None:  # fmt: skip
+def spectrum(file: Path, pairs: int | None, seed: int, out: Path | None, as_json: bool, quiet: bool, tol: float,
+             probes: int, steps: int) -> None:  # fmt: skip
     """Hessian: leading eigenpairs, trace and spectral density.
 
     FILE is a Python file that defines problem(), which returns a dropscope.Problem.
     """
     from dropscope import measurements
 
-    deliver(measurements.spectrum(load(file), pairs, seed, tol, probes, steps, not quiet), out, as_json)
+    problem = load(file)
+    deliver(
+        measurements.spectrum(problem, pairs or min(10, problem.dim), seed, tol, probes, steps, not quiet), out, as_json
+    )
 
 
 @measurement
 @click.option("--draws", type=click.IntRange(2), default=8, show_default=True, help="Masks for every sample.")
 @guarded
-def noise(file: Path, pairs: int, seed: int, out: Path | None, as_json: bool, quiet: bool, draws: int) -> None:
+def noise(file: Path, pairs: int | None, seed: int, out: Path | None, as_json: bool, quiet: bool, draws: int) -> None:
     """Dropout noise: its trace, its share of the gradient noise, its leading eigenpairs.
 
     FILE is a Python file that defines problem(), which returns a dropscope.Problem.
     """
     from dropscope import measurements
 
-    deliver(measurements.noise(load(file), pairs, seed, draws, not quiet), out, as_json)
+    problem = load(file)
+    deliver(measurements.noise(problem, pairs or min(10, problem.dim), seed, draws, not quiet), out, as_json)
 
 
 @measurement
 @click.option("--draws", type=click.IntRange(2), default=8, show_default=True, help="Masks for every sample.")
 @click.option("--factor", type=float, default=2.0, show_default=True, help="Growth of the loss that bounds flatness.")
 @guarded
-def relation(file: Path, pairs: int, seed: int, out: Path | None, as_json: bool, quiet: bool, draws: int,
+def relation(file: Path, pairs: int | None, seed: int, out: Path | None, as_json: bool, quiet: bool, draws: int,
              factor: float) -> None:  # fmt: skip
     """How the dropout noise relates to curvature and to flatness.
 
@@ -174,7 +180,8 @@ def relation(file: Path, pairs: int, seed: int, out: Path | None, as_json: bool,
     """
     from dropscope import measurements
 
-    deliver(measurements.relation(load(file), pairs, seed, draws, factor, not quiet), out, as_json)
+    problem = load(file)
+    deliver(measurements.relation(problem, pairs or min(10, problem.dim), seed, draws, factor, not quiet), out, as_json)
 
 
 def load(file: Path) -> Any:
@@ -221,7 +228,7 @@ def deliver(measured: Any, out: Path | None, as_json: bool) -> None:
     finish(measured.unsound)
 
 
-@main.command()
+@main.command(epilog="\b\nExit codes: 0 computed, whatever the verdicts, 2 bad input, 130 interrupted.")
 @click.argument("names", nargs=-1)
 @click.option("--list", "listing", is_flag=True, help="List the entries and leave.")
 @click.option("--full", is_flag=True, help="The papers' own sizes, for hours and for --data.")
