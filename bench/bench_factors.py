@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.harness import Contest, contest
+from bench.harness import REGISTRY, Contest, contest
 from dropscope import kernels
 
 SIZES = (784, 500, 500, 10)
@@ -316,3 +316,17 @@ def gram_materialised() -> Contest:
         return f"relative difference {error:.0e}"
 
     return Contest(ours, check, {"materialised": materialised}, once=("materialised",))
+
+
+def on_two_threads(one: Callable[[], Contest], within: float) -> None:
+    """The same with two threads of torch and of our kernels."""
+
+    def build() -> Contest:
+        return one()
+
+    build.__name__, build.__module__ = f"{one.__name__}_threads_2", __name__
+    contest(REGISTRY[f"bench_factors:{one.__name__}"].work, within=within, threads=2)(build)
+
+
+for ONE, WITHIN in ((product_float32, 1.1), (product_sequences, 1.1), (gram_float32, 1.0), (gram_long, 1.1)):
+    on_two_threads(ONE, WITHIN)
