@@ -2,6 +2,8 @@
 // below T. A tile of what is kept is made in a buffer that stays in cache, then used. While Philox computes,
 // the memory that the tile will be used on is fetched.
 #pragma once
+#include <type_traits>
+
 #include "kernels.hpp"
 #include "parallel.hpp"
 #include "philox.hpp"
@@ -108,15 +110,27 @@ void fill_row(Out* out, int64_t block, int64_t count, uint64_t stream, const Key
 
 // Blocks 0 .. blocks-1 again and again, as tiles of short rows want them.
 struct Blocks {
-  OfBlock of[(tile + step) / lanes];
+  // With AVX2 the loads of what is made for a block would cost more than making it again.
+  struct Number {
+    Lanes block;
+  };
+  using Of = std::conditional_t<lanes == 4, Number, OfBlock>;
+  Of of[(tile + step) / lanes];
 
   Blocks(int64_t blocks, int64_t counters, const Keys& keys) {
     uint64_t block_of[tile + step];
     for (int64_t i = 0, block = 0; i < counters + step; ++i, block = block + 1 < blocks ? block + 1 : 0)
       block_of[i] = static_cast<uint64_t>(block);
-    for (int64_t i = 0; i < counters; i += lanes) of[i / lanes] = of_block(load(block_of + i), keys);
+    for (int64_t i = 0; i < counters; i += lanes) held(of[i / lanes], load(block_of + i), keys);
     for (int64_t i = divide_up(counters, lanes); i < (tile + step) / lanes; ++i) of[i] = of[0];
   }
+  OfBlock at(int64_t i, const Keys& keys) const { return made(of[i], keys); }
+
+ private:
+  static void held(OfBlock& to, Lanes block, const Keys& keys) { to = of_block(block, keys); }
+  static void held(Number& to, Lanes block, const Keys&) { to.block = block; }
+  static OfBlock made(const OfBlock& of, const Keys&) { return of; }
+  static OfBlock made(const Number& of, const Keys& keys) { return of_block(of.block, keys); }
 };
 
 // Counters 0 .. blocks-1 of each of `rows` streams, packed so that short rows leave no lane idle.
@@ -139,7 +153,7 @@ void fill_rows(Kept* kept, const int64_t* streams, int64_t rows, int64_t blocks,
     OfBlock of_blocks[chains];
     OfStream of_streams[chains];
     for (int c = 0; c < chains; ++c) {
-      of_blocks[c] = table.of[i / lanes + c];
+      of_blocks[c] = table.at(i / lanes + c, keys);
       of_streams[c] = of_stream(load(stream_of + i + c * lanes), keys);
     }
     generate(kept + of_counter<Kept> * i, of_blocks, of_streams, keys);
