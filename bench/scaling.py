@@ -186,11 +186,12 @@ def draw(points: Sequence[Mapping[str, Any]], path: Path = FIGURE) -> None:
                 axes.set_xlabel(TITLES[axis])
                 if column == 0:
                     axes.set_ylabel(label)
-                if axis == "threads":
-                    axes.set_xticks(AXES["threads"], labels=[str(t) for t in AXES["threads"]])
+                if axis != "width":
+                    axes.set_xticks(AXES[axis], labels=[str(value) for value in AXES[axis]])
                     axes.minorticks_off()
                 if axes.has_data():
-                    axes.margins(y=0.25)
+                    low, high = axes.get_ylim()
+                    axes.set_ylim(low, high * (high / low) ** 0.6)  # room for the legend
                     axes.legend(loc="upper left")
         figure.savefig(path, dpi=110)
         plt.close(figure)
