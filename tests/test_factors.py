@@ -135,13 +135,17 @@ class Sliced(nn.Module):
         return self.out(F.dropout(torch.sin(x * self.scale + self.table[1]), 0.5, self.training))
 
 
-@pytest.mark.parametrize(("model", "failing"), [(Scrambled, "hidden.weight"), (Sliced, "table")])
-def test_what_capture_gets_wrong_is_noticed_and_taken_otherwise(model, failing):
+def seven_samples(model, batch_size):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = model().double()
         data = (torch.randn(7, 3, dtype=torch.float64), torch.randn(7, 1, dtype=torch.float64))
-    problem = Problem(net, nn.MSELoss(), data, batch_size=3)
+    return Problem(net, nn.MSELoss(), data, batch_size=batch_size)
+
+
+@pytest.mark.parametrize(("model", "failing"), [(Scrambled, "hidden.weight"), (Sliced, "table")])
+def test_what_capture_gets_wrong_is_noticed_and_taken_otherwise(model, failing):
+    problem = seven_samples(model, batch_size=3)
     table = table_of(problem)
     assert table.plan.routes[failing].kind == "dense"
     reason = "do not reproduce" if model is Scrambled else "no function with a rule"
@@ -159,11 +163,7 @@ class Branching(Sliced):
 
 @pytest.mark.parametrize(("model", "grouped"), [(Sliced, True), (Branching, False)])
 def test_what_vmap_cannot_batch_goes_one_sample_at_a_time(model, grouped):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = model().double()
-        data = (torch.randn(7, 3, dtype=torch.float64), torch.randn(7, 1, dtype=torch.float64))
-    problem = Problem(net, nn.MSELoss(), data, batch_size=4)
+    problem = seven_samples(model, batch_size=4)
     table = table_of(problem)
     assert table.plan.names("dense")
     assert table.plan.grouped is grouped

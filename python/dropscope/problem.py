@@ -276,7 +276,7 @@ class Problem:
 
     def require_finite(self, gradient: Tensor, batch: Batch) -> None:
         """Raise ValueError naming batch and parameter if a flat gradient holds NaN or Inf."""
-        if not math.isfinite(float(gradient.sum())) and not bool(torch.isfinite(gradient).all()):
+        if not _all_finite(gradient):
             name = next(name for name, part in self.blocks.items() if not torch.isfinite(gradient[part]).all())
             raise ValueError(f"Problem: gradients must be finite, got NaN or Inf in {name!r} at batch {batch.index}")
 
@@ -318,8 +318,7 @@ class Problem:
             ValueError: if delta is not of shape (dim,), or not finite.
         """
         parts = self.unflatten(delta.detach())
-        # A sum is one cheap read, and finite only where every entry is.
-        if not math.isfinite(float(delta.detach().sum())) and not bool(torch.isfinite(delta).all()):
+        if not _all_finite(delta.detach()):
             raise ValueError("displaced: delta must be finite, got NaN or Inf")
         before = {name: p.data for name, p in self.params.items()}
         try:
@@ -382,6 +381,11 @@ class Problem:
             f"{name:<{width}}  {tuple(p.shape)!s:<16}  {self.routes.get(name, 'not measured yet')}"
             for name, p in self.params.items()
         )
+
+
+def _all_finite(x: Tensor) -> bool:
+    """Whether every entry is; a sum is one cheap read, and finite only where they all are."""
+    return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
 
 
 def finite_sum(values: Tensor, batch: Batch) -> float:
