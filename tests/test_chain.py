@@ -220,6 +220,24 @@ def test_what_is_no_chain_takes_double_backward(name: str) -> None:
     agrees(problem, None, differences(problem))
 
 
+class Lowered(nn.Sequential):
+    """Computes in bfloat16 inside, though its parameters are float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x).float()
+
+
+def test_autocast_inside_the_model_takes_double_backward() -> None:
+    torch.manual_seed(0)
+    plain = network(nn.Tanh()).float()
+    X, y = data()
+    problem = Problem(Lowered(*plain), nn.CrossEntropyLoss(), (X.float(), y))
+    assert not is_chain(Hessian(problem))
+    found, exact = Hessian(problem).to_dense(), Hessian(Problem(plain, nn.CrossEntropyLoss(), (X.float(), y))).to_dense()
+    assert float((found - exact).norm() / exact.norm()) < 0.03  # bfloat16 rounds every number to 2⁻⁹
+
+
 def test_chosen_parameters_take_double_backward() -> None:
     """The others' part of the vector is no part of it."""
     model = network(nn.Tanh())

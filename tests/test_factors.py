@@ -241,6 +241,25 @@ def test_counted_bytes_are_the_bytes_stored():
         assert stored == (table.plan.shared_bytes + 3 * table.plan.draw_bytes - biases) * problem.n
 
 
+class Lowered(nn.Sequential):
+    """Computes in bfloat16 inside, though its parameters are float32."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x).float()
+
+
+def test_autocast_inside_the_model_keeps_the_factors():
+    """Inputs and output gradients rounded as the model's own weight gradients see them."""
+    torch.manual_seed(0)
+    model = Lowered(nn.Linear(6, 9), nn.LayerNorm(9), nn.Tanh(), nn.Dropout(0.3), nn.Linear(9, 3))
+    problem = Problem(model, nn.CrossEntropyLoss(), (torch.randn(7, 6), torch.randint(0, 3, (7,))))
+    table = table_of(problem)
+    rows, truth = materialised(table), sample_gradients(problem, 5, 3).flatten(0, 1)
+    assert problem.routes["0.weight"].startswith("factors")
+    assert float((rows - truth).norm() / truth.norm()) < 0.01
+
+
 class Explosive(nn.Module):
     """Its gradient, not its loss, is infinite for samples with a zero."""
 

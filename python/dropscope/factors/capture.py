@@ -40,11 +40,17 @@ def record(
         if not recorder.uses:
             return [], []
         seedling = torch.full_like(values, problem.scale)
-        gradients = torch.autograd.grad([values], [use.edge for use in recorder.uses], [seedling], allow_unused=True)
-    for gradient in gradients:
-        if gradient is not None:
-            require_finite(gradient, batch, key, draws)
-    return recorder.uses, list(gradients)
+        found = torch.autograd.grad([values], [use.edge for use in recorder.uses], [seedling], allow_unused=True)
+    gradients = list(found)
+    for i, (use, gradient) in enumerate(zip(recorder.uses, found, strict=True)):
+        if gradient is None:
+            continue
+        require_finite(gradient, batch, key, draws)
+        if use.dtype != problem.dtype:  # autocast inside the model, which rounds the inputs too
+            gradients[i] = gradient.to(problem.dtype)
+            if use.inputs.is_floating_point():
+                use.inputs = use.inputs.to(use.dtype).to(problem.dtype)
+    return recorder.uses, gradients
 
 
 def require_finite(gradient: Tensor, batch: Batch, key: MaskKey | None, draws: int) -> None:

@@ -50,6 +50,7 @@ class Use:
         weight_part: (inputs, b, rows, layout) -> Factors or (rows, numel) gradients.
         bias_part: (b, rows, layout) -> (rows, numel) gradients.
         paired: the bias gradient is Σ_t of the weight's factor B.
+        dtype: of the output, which autocast may have made shorter than the parameters'.
     """
 
     weight: str | None
@@ -60,6 +61,7 @@ class Use:
     weight_part: Callable[[Tensor, Tensor, int, Layout], Factors | Tensor]
     bias_part: Callable[[Tensor, int, Layout], Tensor]
     paired: bool
+    dtype: torch.dtype
 
 
 def by_rows(x: Tensor, rows: int, layout: Layout) -> Tensor:
@@ -168,7 +170,7 @@ class Recorder:
             y = function(x, weight, bias)
         inputs = x.detach()[:: self.draws].contiguous() if shared else x.detach()
         edge = get_gradient_edge(y)
-        self.uses.append(Use(weight_name, bias_name, edge, inputs, shared, weight_part, bias_part, paired))
+        self.uses.append(Use(weight_name, bias_name, edge, inputs, shared, weight_part, bias_part, paired, y.dtype))
         return y
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002

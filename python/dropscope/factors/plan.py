@@ -26,6 +26,7 @@ Kind = Literal["factors", "rows", "dense", "matrix_free"]
 TRIAL_SAMPLES = 13
 TRIAL_DRAWS = 2
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+COARSE = 5e-2  # of the shorter dtypes
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,8 @@ def _find(
 ) -> tuple[tuple[Layout, Part] | None, str]:
     """The first layout whose rows reproduce the weighted gradient, or None and why."""
     reason = ""
-    tolerance = TOLERANCE.get(weights.dtype, 5e-2)
+    dtypes = {weights.dtype, *(use.dtype for use in uses if name in (use.weight, use.bias))}
+    tolerance = max(TOLERANCE.get(dtype, COARSE) for dtype in dtypes)
     expected = truth[name].double()
     floor = 1e-6 * max(float(g.double().norm()) for g in truth.values())
     for layout in LAYOUTS:

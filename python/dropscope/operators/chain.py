@@ -151,6 +151,8 @@ class _Recorder:
             self.refuse()
         with torch.no_grad():
             leaf = F.linear(x, weight, bias)
+        if leaf.dtype != weight.dtype:  # autocast inside the model: products of two dtypes
+            self.refuse()
         self.found.append((weight.detach(), places, x, leaf.requires_grad_()))  # type: ignore[arg-type]
         return leaf.clone()  # which a function may overwrite
 
