@@ -234,7 +234,10 @@ def test_autocast_inside_the_model_takes_double_backward() -> None:
     X, y = data()
     problem = Problem(Lowered(*plain), nn.CrossEntropyLoss(), (X.float(), y))
     assert not is_chain(Hessian(problem))
-    found, exact = Hessian(problem).to_dense(), Hessian(Problem(plain, nn.CrossEntropyLoss(), (X.float(), y))).to_dense()
+    found, exact = (
+        Hessian(problem).to_dense(),
+        Hessian(Problem(plain, nn.CrossEntropyLoss(), (X.float(), y))).to_dense(),
+    )
     assert float((found - exact).norm() / exact.norm()) < 0.03  # bfloat16 rounds every number to 2⁻⁹
 
 

@@ -317,7 +317,7 @@ def test_effective_samples_gain_and_repr():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"draws": 1}, ValueError, "draws must be at least 2, got 1"),
+        ({"draws": 1}, ValueError, r"draws must be at least 2 and below 2\*\*32, got 1"),
         ({"draws": 2.0}, TypeError, "draws must be an int, got 2.0"),
         ({"draws": True}, TypeError, "draws must be an int"),
         ({"draws": 4, "seed": -1}, ValueError, "seed must lie in"),
@@ -340,6 +340,8 @@ def test_bad_directions_and_counts_are_refused():
     with ds.GradientNoise(problem, draws=4) as noise:
         with pytest.raises(TypeError, match="dtype"):
             noise.variance_along(torch.ones(problem.dim))
+        with pytest.raises(TypeError, match=r"V must be a torch.Tensor, got int"):
+            noise.variance_along(3)
         with pytest.raises(ValueError, match="rows"):
             noise.variance_along(torch.ones(3, dtype=torch.float64))
         with pytest.raises(ValueError, match="not zero"):

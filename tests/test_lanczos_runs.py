@@ -122,6 +122,7 @@ def test_a_product_that_is_not_finite_is_reported_with_its_step() -> None:
         (ValueError, "basis must be", {"k": 5, "basis": 7}),
         (ValueError, "max_matvecs must be", {"k": 5, "max_matvecs": 6}),
         (TypeError, "checkpoint must be a path or None, got 3", {"checkpoint": 3}),
+        (ValueError, "checkpoint must be a file, got the folder", {"checkpoint": "/"}),
         (TypeError, "dtype", {"A": Matrix(torch.ones(50, dtype=torch.bfloat16))}),
         (TypeError, "A must be a SymmetricOperator", {"A": torch.eye(3)}),
     ],

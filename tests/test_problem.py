@@ -208,6 +208,8 @@ def test_bad_vectors_and_draws_are_refused():
     problem = Problem(net(), nn.CrossEntropyLoss(), (X, Y))
     with pytest.raises(ValueError, match=r"v must have shape \(31,\), got \(3,\)"):
         problem.unflatten(torch.ones(3))
+    with pytest.raises(TypeError, match=r"unflatten: v must be a torch.Tensor, got int"):
+        problem.unflatten(3)
     with pytest.raises(ValueError, match="flatten: tensors must be 4"):
         problem.flatten([torch.ones(3)])
     with pytest.raises(ValueError, match="flatten: names must be"):
@@ -220,6 +222,15 @@ def test_bad_vectors_and_draws_are_refused():
         problem.sample_losses(next(iter(problem.batches())), draws=2)
     with pytest.raises(ValueError, match="delta must be finite"), problem.displaced(torch.full((31,), float("nan"))):
         pass
+
+
+@pytest.mark.parametrize("method", ["risk", "gradient", "sample_losses"])
+def test_a_key_of_another_kind_is_refused_before_the_model_runs(method):
+    problem = Problem(net(), nn.CrossEntropyLoss(), (X, Y))
+    problem.model.register_forward_hook(lambda *_: pytest.fail("the model ran"))
+    arguments = (next(iter(problem.data)),) if method == "sample_losses" else ()
+    with pytest.raises(TypeError, match=f"{method}: masks must be a MaskKey or None, got int"):
+        getattr(problem, method)(*arguments, masks=3)
 
 
 class TestLeftAsFound:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, replace
 from typing import Any
@@ -269,6 +270,22 @@ def _map(content: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(content, (tuple, list)):
         return type(content)(_map(value, fn) for value in content)
     return content
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether every entry is; a sum is one cheap read, and finite only where they all are."""
+    return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
+
+
+def finite_sum(values: Tensor, batch: Batch) -> float:
+    """Return Σ values in float64; ValueError naming batch and sample if it is not finite."""
+    total = float(values.detach().double().sum())
+    if total - total != 0.0:
+        row = int((~torch.isfinite(values)).nonzero()[0])
+        sample = int(batch.samples[row * batch.size // len(values)])
+        seen = f"{float(values.detach()[row])} at batch {batch.index} (sample {sample})"
+        raise ValueError(f"Problem: losses must be finite, got {seen}")
+    return total
 
 
 def _length(t: Tensor, dim: int) -> int:

@@ -49,7 +49,7 @@ class Estimate:
         Raises:
             ValueError: if ``level`` is not in (0, 1).
         """
-        if not 0.0 < level < 1.0:
+        if not isinstance(level, (int, float)) or not 0.0 < level < 1.0:
             raise ValueError(f"interval: level must lie in (0, 1), got {level!r}")
         tail = (1.0 - level) / 2.0
         if self.status == "no_error" or math.isnan(self.stderr):

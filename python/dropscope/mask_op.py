@@ -32,11 +32,12 @@ def signed(word: int) -> int:
     return word - (1 << 64) if word >> 63 else word
 
 
-def keep_threshold(p: float) -> int:
+def keep_threshold(p: float, function: str = "keep_threshold") -> int:
     """T = ⌊(1−p)·65536 + ½⌋: a unit is kept when its 16-bit lane is below T.
 
     Args:
         p: probability to drop a unit, as in torch.
+        function: what refusals name.
 
     Returns:
         T, in 0..65536; 0 only for p = 1 and 65536 only for p = 0.
@@ -48,12 +49,12 @@ def keep_threshold(p: float) -> int:
     try:
         value = float(p)
     except (TypeError, ValueError) as error:
-        raise TypeError(f"keep_threshold: p must be a real number, got {p!r}") from error
+        raise TypeError(f"{function}: p must be a real number, got {p!r}") from error
     if not 0.0 <= value <= 1.0:  # also refuses NaN
-        raise ValueError(f"keep_threshold: p must lie in [0, 1], got {p!r}")
+        raise ValueError(f"{function}: p must lie in [0, 1], got {p!r}")
     threshold = math.floor((1.0 - value) * 65536.0 + 0.5)
     if 0.0 < value < 1.0 and not 0 < threshold < 65536:
-        raise ValueError(f"keep_threshold: p must be 0, 1, or at least 2**-17 away from both, got {p!r}")
+        raise ValueError(f"{function}: p must be 0, 1, or at least 2**-17 away from both, got {p!r}")
     return threshold
 
 

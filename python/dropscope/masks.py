@@ -63,7 +63,7 @@ def keep_probability(p: float) -> float:
     >>> keep_probability(0.1)
     0.899993896484375
     """
-    return keep_threshold(p) / 65536.0
+    return keep_threshold(p, "keep_probability") / 65536.0
 
 
 def make_streams(draws: int | Tensor, samples: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def dropout(x: Tensor, p: float, key: MaskKey, site: int = 0, samples: Tensor | 
     True
     """
     _check_floating("dropout", x)
-    threshold = keep_threshold(p)
+    threshold = keep_threshold(p, "dropout")
     streams = _streams("dropout", x.shape, key, site, samples, x.device)
     return mask_rows(x, streams, key.seed, site, threshold)
 
@@ -135,7 +135,11 @@ def keep_mask(
     ``device`` defaults to that of ``samples``, or the CPU.
     """
     place = torch.device(device) if device is not None else samples.device if isinstance(samples, Tensor) else None
-    threshold = keep_threshold(p)
+    threshold = keep_threshold(p, "keep_mask")
+    if not isinstance(shape, Sequence) or not all(isinstance(d, (int, torch.SymInt)) for d in shape):
+        raise TypeError(f"keep_mask: shape must be a sequence of integers, got {shape!r}")
+    if any(length < 0 for length in shape):
+        raise ValueError(f"keep_mask: shape must not be negative, got {tuple(shape)}")
     shape = tuple(shape)
     streams = _streams("keep_mask", shape, key, site, samples, place)
     return keep_rows(streams, _units(shape), key.seed, site, threshold).view(shape)
@@ -178,6 +182,8 @@ def replay_dropout(
     """
     if not isinstance(key, MaskKey):
         raise TypeError(f"replay_dropout: key must be a MaskKey, got {type(key).__name__}")
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"replay_dropout: model must be a torch.nn.Module or None, got {type(model).__name__}")
     with replay_streams(key.seed, make_streams(key.draw, samples), model=model, sharing=sharing, batch_dim=batch_dim):
         yield
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dropscope import probes
-from dropscope.data import Batch, Batches
+from dropscope.data import Batch, Batches, all_finite, finite_sum
 from dropscope.entry_points import direct_checkpoints
 from dropscope.intercept import Handler, Interceptor
 from dropscope.losses import Loss, SampleLoss
@@ -160,7 +159,7 @@ class Problem:
         Returns:
             Two vectors of shape (batch.size·draws,), row i·draws + m being draw m of sample i.
         """
-        self.check(masks is not None)
+        self._ready("sample_losses", masks)
         return self.raw_losses(batch, masks, draws, sharing=sharing, handlers=handlers)
 
     def raw_losses(
@@ -238,7 +237,7 @@ class Problem:
         Raises:
             ValueError: if a loss is not finite.
         """
-        self.check(masks is not None)
+        self._ready("risk", masks)
         total = 0.0
         with torch.no_grad():
             for batch in self.batches():
@@ -254,7 +253,7 @@ class Problem:
         """
         if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
             raise ValueError(f"gradient: draws must be an int >= 1, got {draws!r}")
-        self.check(masks is not None)
+        self._ready("gradient", masks)
         half = self.dtype in (torch.float16, torch.bfloat16)
         total = torch.zeros(self.dim, dtype=torch.float32 if half else self.dtype, device=self.device)
         weight = self.total_weight * draws
@@ -276,7 +275,7 @@ class Problem:
 
     def require_finite(self, gradient: Tensor, batch: Batch) -> None:
         """Raise ValueError naming batch and parameter if a flat gradient holds NaN or Inf."""
-        if not _all_finite(gradient):
+        if not all_finite(gradient):
             name = next(name for name, part in self.blocks.items() if not torch.isfinite(gradient[part]).all())
             raise ValueError(f"Problem: gradients must be finite, got NaN or Inf in {name!r} at batch {batch.index}")
 
@@ -301,8 +300,11 @@ class Problem:
         """Return the parts of a flat vector by parameter name, as views.
 
         Raises:
+            TypeError: if v is no tensor.
             ValueError: if v is not of shape (dim,).
         """
+        if not isinstance(v, Tensor):
+            raise TypeError(f"unflatten: v must be a torch.Tensor, got {type(v).__name__}")
         if v.shape != (self.dim,):
             raise ValueError(f"unflatten: v must have shape ({self.dim},), got {tuple(v.shape)}")
         return {name: v[part].view(self.params[name].shape) for name, part in self.blocks.items()}
@@ -318,7 +320,7 @@ class Problem:
             ValueError: if delta is not of shape (dim,), or not finite.
         """
         parts = self.unflatten(delta.detach())
-        if not _all_finite(delta.detach()):
+        if not all_finite(delta.detach()):
             raise ValueError("displaced: delta must be finite, got NaN or Inf")
         before = {name: p.data for name, p in self.params.items()}
         try:
@@ -353,6 +355,11 @@ class Problem:
         if self._weight is None or (masks and not self._masks_probed):  # else this costs a product nothing
             self._check(masks)
 
+    def _ready(self, function: str, masks: MaskKey | None) -> None:
+        if masks is not None and not isinstance(masks, MaskKey):
+            raise TypeError(f"{function}: masks must be a MaskKey or None, got {type(masks).__name__}")
+        self.check(masks is not None)
+
     @torch.inference_mode(False)
     def _check(self, masks: bool) -> None:
         if self._weight is None:
@@ -381,19 +388,3 @@ class Problem:
             f"{name:<{width}}  {tuple(p.shape)!s:<16}  {self.routes.get(name, 'not measured yet')}"
             for name, p in self.params.items()
         )
-
-
-def _all_finite(x: Tensor) -> bool:
-    """Whether every entry is; a sum is one cheap read, and finite only where they all are."""
-    return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
-
-
-def finite_sum(values: Tensor, batch: Batch) -> float:
-    """Return Σ values in float64; ValueError naming batch and sample if it is not finite."""
-    total = float(values.detach().double().sum())
-    if total - total != 0.0:
-        row = int((~torch.isfinite(values)).nonzero()[0])
-        sample = int(batch.samples[row * batch.size // len(values)])
-        seen = f"{float(values.detach()[row])} at batch {batch.index} (sample {sample})"
-        raise ValueError(f"Problem: losses must be finite, got {seen}")
-    return total

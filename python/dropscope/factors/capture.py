@@ -41,8 +41,8 @@ def record(
             return [], []
         seedling = torch.full_like(values, problem.scale)
         found = torch.autograd.grad([values], [use.edge for use in recorder.uses], [seedling], allow_unused=True)
-    gradients = list(found)
-    for i, (use, gradient) in enumerate(zip(recorder.uses, found, strict=True)):
+    gradients: list[Tensor | None] = list(found)
+    for i, (use, gradient) in enumerate(zip(recorder.uses, list(gradients), strict=True)):
         if gradient is None:
             continue
         require_finite(gradient, batch, key, draws)

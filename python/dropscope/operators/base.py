@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -107,6 +107,7 @@ class SymmetricOperator(ABC):
             P A Pᵀ, P selecting the coordinates of the named parameters.
 
         Raises:
+            TypeError: if names are no strings.
             ValueError: if the operator has no names, or one of them is unknown.
         """
         return Restricted(self, names)
@@ -183,9 +184,9 @@ class FromCallable(SymmetricOperator):
             raise TypeError(f"from_callable: fn must be callable, got {type(fn).__name__}")
         if low is not None and not callable(low):
             raise TypeError(f"from_callable: low must be callable or None, got {type(low).__name__}")
-        if not isinstance(dim, int) or dim < 1:
+        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
             raise ValueError(f"from_callable: dim must be a positive int, got {dim!r}")
-        if not dtype.is_floating_point:
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"from_callable: dtype must be a floating dtype, got {dtype}")
         self.fn, self.low, self.dim, self.dtype, self.device, self.blocks = fn, low, dim, dtype, device, {}
 
@@ -243,8 +244,11 @@ class Restricted(SymmetricOperator):
     def __init__(self, operator: SymmetricOperator, names: str | Sequence[str]) -> None:
         if not operator.blocks:
             raise ValueError("restrict: the operator must know parameter names, this one has none")
+        wanted = [names] if isinstance(names, str) else list(names) if isinstance(names, Iterable) else [names]
+        if not all(isinstance(name, str) for name in wanted):
+            raise TypeError(f"restrict: names must be parameter names, got {names!r}")
         chosen: dict[str, slice] = {}
-        for name in [names] if isinstance(names, str) else names:
+        for name in wanted:
             matches = [b for b in operator.blocks if b == name or (name.endswith("*") and b.startswith(name[:-1]))]
             if not matches:
                 raise ValueError(f"restrict: names must be among {list(operator.blocks)}, got {name!r}")

@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dropscope.data import finite_sum
 from dropscope.intercept import Call
 from dropscope.kernels.products import add_product
 from dropscope.masks import MaskKey
-from dropscope.problem import Batch, Problem, finite_sum
+from dropscope.problem import Batch, Problem
 
 # What autograd calls functions that act on each element alone; _Mask is dropout under a key.
 _ELEMENTWISE = {

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from dropscope.data import finite_sum
 from dropscope.losses import TokenLoss
 from dropscope.masks import MaskKey
 from dropscope.operators.graphs import Graph, GraphOperator
-from dropscope.problem import Batch, Problem, finite_sum
+from dropscope.problem import Batch, Problem
 
 # Negative log-likelihoods in their natural parameter, up to a constant factor that the definition carries along.
 _NATURAL = (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss, nn.MSELoss)

@@ -228,9 +228,11 @@ class GradientNoise:
             K estimates with errors for fixed data: V = [k₄/M + 2s⁴/(M-1)]/(1 + 2/(M-1)) summed over samples.
 
         Raises:
-            TypeError: if V has another dtype than the parameters.
+            TypeError: if V is no tensor, or of another dtype than the parameters.
             ValueError: if its shape does not fit, or a column is zero or not finite.
         """
+        if not isinstance(V, Tensor):
+            raise TypeError(f"variance_along: V must be a torch.Tensor, got {type(V).__name__}")
         columns = V.unsqueeze(1) if V.ndim == 1 else V
         if V.dtype != self.dropout.dtype:
             raise TypeError(f"variance_along: V must have dtype {self.dropout.dtype}, got {V.dtype}")

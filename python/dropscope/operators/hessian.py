@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from dropscope.data import finite_sum
 from dropscope.masks import MaskKey
 from dropscope.modes import dual, twice_differentiable
 from dropscope.operators.base import SymmetricOperator
 from dropscope.operators.blocks import BlockPlan
 from dropscope.operators.chain import record_chain
 from dropscope.operators.graphs import Graph, GraphOperator
-from dropscope.problem import Batch, Problem, finite_sum
+from dropscope.problem import Batch, Problem
 
 # What torch says where an operation has no second derivative.
 _MISSING = ("is not implemented", "once_differentiable", "not differentiable", "double backward")

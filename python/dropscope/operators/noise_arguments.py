@@ -15,7 +15,7 @@ def check_arguments(
     if isinstance(draws, bool) or not isinstance(draws, int):
         raise TypeError(f"GradientNoise: draws must be an int, got {draws!r}")
     if not 2 <= draws < 2**32:
-        raise ValueError(f"GradientNoise: draws must be at least 2, got {draws}")
+        raise ValueError(f"GradientNoise: draws must be at least 2 and below 2**32, got {draws}")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"GradientNoise: seed must be an int, got {seed!r}")
     if not 0 <= seed < 2**64:

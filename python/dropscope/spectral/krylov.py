@@ -141,7 +141,8 @@ class Krylov:
             raise ValueError(
                 f"{self.function}: A must be symmetric and the same at every product: at Lanczos step {self.steps + 1} "
                 f"<q_i, A q_j> and <A q_i, q_j> "
-                f"differ by {gap:.3g} where the largest product has norm {size:.3g}"
+                f"differ by {gap:.3g} where the largest product has norm {size:.3g} (are products made in a shorter "
+                "dtype than the vectors', as under autocast, or is A zero but for rounding?)"
             )
         broke = beta <= self.breakdown * size
         if broke:

@@ -87,6 +87,8 @@ def eigsh(
     budget = _validate(A, k, which, tol, max_matvecs, seed, basis, precision)
     if checkpoint is not None and not isinstance(checkpoint, (str, os.PathLike)):
         raise TypeError(f"eigsh: checkpoint must be a path or None, got {checkpoint!r}")
+    if checkpoint is not None and os.path.isdir(checkpoint):
+        raise ValueError(f"eigsh: checkpoint must be a file, got the folder {os.fspath(checkpoint)!r}")
     assert basis is not None
     if A.dim <= basis and A.dim <= budget:
         return _dense(A, k, which, tol)
