@@ -170,6 +170,19 @@ def test_hessian_variance_fits_positive_eigenvalues_only() -> None:
     assert got.law.slope.value == pytest.approx(2.0, abs=1e-6)
 
 
+def test_masks_that_drop_nothing_have_no_alignment() -> None:
+    """Equal draws have trace zero, and products with their covariance are rounding, which has no cosine."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.SELU(), nn.Dropout(1e-5), nn.Linear(5, 3)).double()
+    problem = Problem(model, nn.CrossEntropyLoss(), (torch.randn(50, 4, dtype=F64), torch.randint(0, 3, (50,))))
+    noise = GradientNoise(problem, draws=6, seed=0)
+    assert not noise.table.quiet  # masks are drawn
+    assert noise.trace.value == 0.0
+    alignment = hessian_variance(Hessian(problem), noise, k=3).alignment
+    assert math.isnan(alignment.ratio.value)
+    assert math.isnan(alignment.cosine.value)
+
+
 def test_hessian_variance_saves_and_tabulates(tmp_path) -> None:
     H, _ = rotated(torch.logspace(-1, 1, 12, dtype=F64), 7)
     got = hessian_variance(dense(H), dense(H @ H), k=5)

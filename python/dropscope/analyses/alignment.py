@@ -127,6 +127,8 @@ def measure_alignment(
     means = sums + table.mean(0)
     covariance = np.atleast_2d(np.cov(table, rowvar=False)) / probes
     means[4] -= masks.square_bias
+    if trace_noise == 0.0:  # a covariance without a trace is zero; what its products say is rounding
+        means[[0, 4]] = 0.0
     return _assemble(means, covariance, H.dim, masks, probes)
 
 
