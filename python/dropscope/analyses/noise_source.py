@@ -113,8 +113,7 @@ class SampledSource(NoiseSource):
         parts = zip(projections, Ms, strict=True)
         Sigma = sum(torch.einsum("imk,iml->kl", P, P) / (M - 1) for P, M in parts)
         assert isinstance(Sigma, Tensor)
-        f64 = torch.float64
-        values, errors, squares = torch.zeros(3, dtype=f64), torch.zeros(3, 3, dtype=f64), torch.zeros(3, dtype=f64)
+        values, errors, squares = Sigma.new_zeros(3), Sigma.new_zeros(3, 3), Sigma.new_zeros(3)
         for P, norm, M in zip(projections, norms, Ms, strict=True):
             # What x_m xᵀ_m adds to each of the three, the last linearised.
             q = torch.stack([P.square() @ weights.to(P), norm, 2 * ((P @ Sigma) * P).sum(2)], 2)
@@ -129,7 +128,7 @@ class SampledSource(NoiseSource):
         values[2] /= 2
         dofs = errors.diagonal().square() / squares.clamp_min(1e-300)
         scale = values.abs().clamp_min(1e-300)
-        return errors / (scale[:, None] * scale), max(1, int(dofs.min()))
+        return (errors / (scale[:, None] * scale)).cpu(), max(1, int(dofs.min()))
 
     @property
     def square_bias(self) -> float:
@@ -204,6 +203,7 @@ def jackknife(whole: Tensor, scatters: Tensor, trace: Tensor, traces: Tensor, we
 
 
 def _square_bias(moments: statistics.TraceMoments, draws: Tensor) -> float:
+    draws = draws.to(moments.cumulant.device)
     each = moments.cumulant / draws + (moments.squared_trace + moments.trace_of_square) / (draws - 1)
     return max(float(each.nansum()), 0.0)
 
