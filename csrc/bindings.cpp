@@ -67,15 +67,19 @@ void bind_masks(py::module_& m) {
   m.def(
       "apply_mask",
       [](int device, const py::tuple& x, const py::tuple& out, uintptr_t streams, uint64_t seed,
-         uint64_t site, uint32_t threshold, uintptr_t launch) {
+         uint64_t site, uint32_t threshold, int64_t group, int64_t skip, uintptr_t launch) {
         const ConstMatrix in = view<ConstMatrix>(x);
         const Matrix to = view<Matrix>(out);
-        require(in.rows == to.rows && in.cols == to.cols && in.dtype == to.dtype, "x and out differ");
-        const MaskSource source = source_of(streams, in.rows, in.cols, seed, site, threshold);
-        run("apply_mask", kernels_of(device).masks.apply_mask, in, to, source, launch_of(device, launch));
+        require(in.cols == to.cols && in.dtype == to.dtype, "x and out differ");
+        require(group > 0 && skip >= 0 && skip < group &&
+                    (to.rows == 0 || (skip + to.rows - 1) / group < in.rows),
+                "rows of x");
+        const MaskSource source = source_of(streams, to.rows, to.cols, seed, site, threshold);
+        run("apply_mask", kernels_of(device).masks.apply_mask, in, RowSharing{group, skip}, to, source,
+            launch_of(device, launch));
       },
       py::arg("device"), py::arg("x"), py::arg("out"), py::arg("streams"), py::arg("seed"), py::arg("site"),
-      py::arg("threshold"), py::arg("launch"));
+      py::arg("threshold"), py::arg("group"), py::arg("skip"), py::arg("launch"));
   m.def(
       "keep_mask",
       [](int device, uintptr_t out, int64_t rows, int64_t units, uintptr_t streams, uint64_t seed,

@@ -33,9 +33,14 @@ struct MaskSource {
   uint32_t threshold;
 };
 
+// Row r of a result reads row (skip + r) / group of its operand: `group` consecutive rows share one.
+struct RowSharing {
+  int64_t group, skip;
+};
+
 struct MaskKernels {
-  // out = x o mask * 65536 / threshold; out may be x.
-  void (*apply_mask)(ConstMatrix x, Matrix out, MaskSource source, Launch launch);
+  // out = x o mask * 65536 / threshold; out may be x where each row has its own.
+  void (*apply_mask)(ConstMatrix x, RowSharing sharing, Matrix out, MaskSource source, Launch launch);
   // out[row, unit] = 1 where kept, else 0; a byte each, contiguous.
   void (*keep_mask)(uint8_t* out, int64_t rows, int64_t units, MaskSource source, Launch launch);
 };

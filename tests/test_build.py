@@ -155,9 +155,11 @@ def test_a_device_that_is_not_there_is_told():
 )
 def test_the_extension_refuses_views_that_it_could_not_read(x, rule):
     with pytest.raises(ValueError, match=rule):
-        _core.apply_mask(0, x, x, 8, 0, 0, 1, 1)
+        _core.apply_mask(0, x, x, 8, 0, 0, 1, 1, 0, 1)
     with pytest.raises(ValueError, match="threshold"):
-        _core.apply_mask(0, (8, 0, 0, 0, 0), (8, 0, 0, 0, 0), 8, 0, 0, 65536, 1)
+        _core.apply_mask(0, (8, 0, 0, 0, 0), (8, 0, 0, 0, 0), 8, 0, 0, 65536, 1, 0, 1)
+    with pytest.raises(ValueError, match="rows of x"):
+        _core.apply_mask(0, (8, 0, 2, 1, 1), (8, 0, 6, 1, 1), 8, 0, 0, 1, 3, 1, 1)
 
 
 def test_kernels_run_in_many_python_threads_at_once():

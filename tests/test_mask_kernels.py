@@ -196,15 +196,32 @@ GOOD = {"x": torch.ones(3, 4), "streams": torch.arange(3), "seed": 0, "site": 0,
         ({"streams": torch.arange(4)}, ValueError, r"one entry per row of x \(3\), got 4"),
         ({"seed": -1}, ValueError, r"seed must be in 0..2\^64-1, got -1"),
         ({"site": 2**64}, ValueError, r"site must be in 0..2\^64-1"),
+        ({"group": 2}, ValueError, r"x must have a row for each 2 of 0 \+ 3 streams, got 3"),
+        ({"group": 2, "skip": 2}, ValueError, "skip in 0..group-1, got 2 and 2"),
         ({"threshold": 0}, ValueError, "threshold must be in 1..65535, got 0"),
         ({"threshold": 65536}, ValueError, "threshold must be in 1..65535, got 65536"),
         ({"out": torch.ones(3, 4, dtype=torch.float64)}, TypeError, "out must have the dtype of x"),
-        ({"out": torch.ones(4, 3)}, ValueError, "out must have the shape of x"),
+        ({"out": torch.ones(4, 3)}, ValueError, r"out must have shape \(3, 4\), got \(4, 3\)"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(bad, error, rule):
     with pytest.raises(error, match=f"apply_mask: .*{rule}"):
         kernels.apply_mask(**{**GOOD, **bad})
+
+
+@DEVICES
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("units", [1, 10, 64, 65, 500, 4097])
+def test_rows_that_streams_share_are_masked_as_if_repeated(units, dtype, device):
+    wide = values(5, units + 3, dtype).to(device)
+    for x in (wide[:, :units].contiguous(), wide[:, 1:-2]):  # with rows that follow each other, and apart
+        for group, skip, rows in ((4, 0, 20), (4, 3, 15), (7, 2, 27), (1, 0, 5), (30, 10, 130)):
+            streams = streams_for(rows).to(device)
+            own = x.repeat_interleave(group, 0)[skip : skip + rows]
+            actual = kernels.apply_mask(x, streams, threshold=30000, group=group, skip=skip, **KEY)
+            assert_same_bits(actual.cpu(), reference.apply_mask(own.cpu(), streams.cpu(), threshold=30000, **KEY))
+            again = reference.apply_mask(x, streams, threshold=30000, group=group, skip=skip, **KEY)
+            assert_same_bits(actual.cpu(), again.cpu())
 
 
 def test_more_units_than_a_counter_holds_are_refused():

@@ -6,17 +6,19 @@ namespace dropscope {
 namespace {
 
 template <class T>
-void apply(ConstMatrix x, Matrix out, MaskSource source, int threads) {
+void apply(ConstMatrix x, RowSharing sharing, Matrix out, MaskSource source, int threads) {
   const auto scale = static_cast<typename Wide<T>::type>(65536.0 / source.threshold);
-  const bool contiguous = x.stride == x.cols && out.stride == out.cols;
+  const bool own = sharing.group == 1;
+  const bool contiguous = own && x.stride == x.cols && out.stride == out.cols;
   const auto from = [&](int64_t row, int64_t unit) {
-    return static_cast<const T*>(x.data) + row * x.stride + unit;
+    const int64_t of = own ? row : (sharing.skip + row) / sharing.group;
+    return static_cast<const T*>(x.data) + of * x.stride + unit;
   };
   const auto to = [&](int64_t row, int64_t unit) {
     return static_cast<T*>(out.data) + row * out.stride + unit;
   };
   for_each_piece(
-      x.rows, x.cols, contiguous, source, threads,
+      out.rows, out.cols, contiguous, source, threads,
       [&](int64_t row, int64_t unit, int64_t count) {
         return Fetch{reinterpret_cast<const char*>(from(row, unit)),
                      reinterpret_cast<const char*>(to(row, unit)), count * int64_t(sizeof(T))};
@@ -26,16 +28,16 @@ void apply(ConstMatrix x, Matrix out, MaskSource source, int threads) {
       });
 }
 
-void apply_mask(ConstMatrix x, Matrix out, MaskSource source, Launch launch) {
+void apply_mask(ConstMatrix x, RowSharing sharing, Matrix out, MaskSource source, Launch launch) {
   switch (x.dtype) {
     case DType::f32:
-      return apply<float>(x, out, source, launch.threads);
+      return apply<float>(x, sharing, out, source, launch.threads);
     case DType::f64:
-      return apply<double>(x, out, source, launch.threads);
+      return apply<double>(x, sharing, out, source, launch.threads);
     case DType::bf16:
-      return apply<BFloat16>(x, out, source, launch.threads);
+      return apply<BFloat16>(x, sharing, out, source, launch.threads);
     case DType::f16:
-      return apply<Float16>(x, out, source, launch.threads);
+      return apply<Float16>(x, sharing, out, source, launch.threads);
     case DType::i32:
       return;  // refused before
   }

@@ -11,7 +11,16 @@ def isa() -> str: ...
 def isa_supported(name: str) -> bool: ...
 def cuda_built() -> bool: ...
 def apply_mask(
-    device: int, x: Matrix, out: Matrix, streams: int, seed: int, site: int, threshold: int, launch: int
+    device: int,
+    x: Matrix,
+    out: Matrix,
+    streams: int,
+    seed: int,
+    site: int,
+    threshold: int,
+    group: int,
+    skip: int,
+    launch: int,
 ) -> None: ...
 def keep_mask(
     device: int, out: int, rows: int, units: int, streams: int, seed: int, site: int, threshold: int, launch: int

@@ -63,9 +63,19 @@ def keep_mask(streams: Tensor, units: int, *, seed: int, site: int, threshold: i
 
 
 def apply_mask(
-    x: Tensor, streams: Tensor, *, seed: int, site: int, threshold: int, out: Tensor | None = None
+    x: Tensor,
+    streams: Tensor,
+    *,
+    seed: int,
+    site: int,
+    threshold: int,
+    group: int = 1,
+    skip: int = 0,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """out = x ∘ mask · 65536/threshold, x of shape (rows, units)."""
+    """out = x ∘ mask · 65536/threshold, out of shape (rows, units); row r reads row (skip + r) // group of x."""
+    if group > 1:
+        x = x[(torch.arange(len(streams), device=x.device) + skip) // group]
     keep = keep_mask(streams, x.shape[1], seed=seed, site=site, threshold=threshold)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     scale = torch.tensor(65536.0 / threshold, dtype=torch.float64).to(wide)

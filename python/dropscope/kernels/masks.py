@@ -56,19 +56,29 @@ def keep_mask(streams: Tensor, units: int, *, seed: int, site: int, threshold: i
 
 
 def apply_mask(
-    x: Tensor, streams: Tensor, *, seed: int, site: int, threshold: int, out: Tensor | None = None
+    x: Tensor,
+    streams: Tensor,
+    *,
+    seed: int,
+    site: int,
+    threshold: int,
+    group: int = 1,
+    skip: int = 0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Apply the mask, out = x ∘ mask · 65536/threshold: its own backward, double backward and JVP.
 
     Kept values are multiplied in float (double for float64) and rounded once; dropped values are +0 whatever x was.
 
     Args:
-        x: (rows, units), floating point.
+        x: (rows, units), floating point, or fewer rows of which each serves ``group`` consecutive streams.
         streams: int64 (rows,), draw << 32 | sample of each row.
         seed: 64-bit seed.
         site: 64-bit site.
         threshold: T in 1..65535; the keep probability is T/65536.
-        out: where to write, of the shape and dtype of x; may be x itself. A new tensor by default.
+        group: row r of out is made of row (skip + r) // group of x.
+        skip: streams left out of those that the first row of x serves, less than ``group``.
+        out: (streams, units), of the dtype of x; may be x itself where group = 1. A new tensor by default.
 
     Returns:
         out.
@@ -81,23 +91,32 @@ def apply_mask(
         raise TypeError(f"apply_mask: x must be floating point, got {x.dtype}")
     if x.dim() != 2:
         raise ValueError(f"apply_mask: x must have shape (rows, units), got {tuple(x.shape)}")
-    _check("apply_mask", streams, x.shape[0], x.shape[1], seed, site, threshold)
+    if group < 1 or not 0 <= skip < group:
+        raise ValueError(f"apply_mask: group must be at least 1 and skip in 0..group-1, got {group} and {skip}")
+    rows = x.shape[0] if group == 1 else None
+    _check("apply_mask", streams, rows, x.shape[1], seed, site, threshold)
+    if x.shape[0] != -(-(skip + len(streams)) // group):
+        raise ValueError(
+            f"apply_mask: x must have a row for each {group} of {skip} + {len(streams)} streams, got {x.shape[0]}"
+        )
     if out is not None and out.dtype != x.dtype:
         raise TypeError(f"apply_mask: out must have the dtype of x ({x.dtype}), got {out.dtype}")
-    if out is not None and out.shape != x.shape:
-        raise ValueError(f"apply_mask: out must have the shape of x {tuple(x.shape)}, got {tuple(out.shape)}")
+    shape = (len(streams), x.shape[1])
+    if out is not None and out.shape != shape:
+        raise ValueError(f"apply_mask: out must have shape {shape}, got {tuple(out.shape)}")
 
     tensors = (x, streams) if out is None else (x, streams, out)
     device = device_of(*tensors) if x.dtype in DTYPES else None
     if device is None:
-        return reference.apply_mask(x, streams, seed=seed, site=site, threshold=threshold, out=out)
+        return reference.apply_mask(
+            x, streams, seed=seed, site=site, threshold=threshold, group=group, skip=skip, out=out
+        )
     streams = streams.contiguous()
     source = x if contiguous_rows(x) else x.contiguous()
-    target = out if out is not None and contiguous_rows(out) else torch.empty_like(source)
+    target = out if out is not None and contiguous_rows(out) else source.new_empty(shape)
+    masks = (streams.data_ptr(), seed, site, threshold)
     with on(device, x):
-        _core.apply_mask(
-            device, matrix(source), matrix(target), streams.data_ptr(), seed, site, threshold, launch(device, x)
-        )
+        _core.apply_mask(device, matrix(source), matrix(target), *masks, group, skip, launch(device, x))
     if out is None or target is out:
         return target
     return out.copy_(target)
