@@ -65,8 +65,11 @@ class Replay(Interceptor):
         if is_parameter(x):
             return mask_rows(x, self.shared_stream(call, x.device), self.seed, site, threshold)
         dim = self.check(call, x.shape, dim)
-        rows = mask_rows(x.movedim(dim, 0) if dim else x, self.streams(x.device), self.seed, site, threshold)
-        return rows.movedim(0, dim) if dim else rows
+        rows = (x.movedim(dim, 0) if dim else x, self.streams(x.device), self.seed, site, threshold)
+        masking = Call(mask_rows, rows, {}, self)  # for a handler that watches what is masked
+        watched = self.handlers[mask_rows](masking) if mask_rows in self.handlers else NotImplemented
+        out: Tensor = masking.proceed() if watched is NotImplemented else watched
+        return out.movedim(0, dim) if dim else out
 
     def keep(
         self, call: Call, shape: Sequence[int], device: torch.device, p: float, dim: int | None = None

@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 from dropscope import kernels
+from dropscope.kernels import FirstOperand, Masked
+
+# Numbers of masked rows that are made at once.
+_SAMPLE_NUMBERS = 1 << 22
 
 
 class Block(ABC):
@@ -21,10 +25,12 @@ class Block(ABC):
     Attributes:
         rows: number of rows N.
         columns: where the parameters stand in the flat vector.
+        form: what blocks must agree in, besides the shapes of their tensors, to be joined.
     """
 
     rows: int
     columns: tuple[slice, ...]
+    form: object = None
 
     @abstractmethod
     def project(self, Vt: Tensor, out: Tensor) -> None:
@@ -55,6 +61,10 @@ class Block(ABC):
         del tensors
         return self
 
+    def to(self, dtype: torch.dtype) -> Block:
+        """The same block with its numbers rounded to a dtype."""
+        return self.replace({name: t.to(dtype) if t.is_floating_point() else t for name, t in self.tensors().items()})
+
     def take(self, draws: int, chosen: slice) -> Block:
         """The rows of some of the ``draws`` draws of every sample."""
         samples = self.rows // draws
@@ -75,15 +85,16 @@ class FactorBlock(Block):
     """Σ_t b_t a_tᵀ of a (d_out, d_in) weight, and Σ_t b_t of its bias when ``bias``.
 
     Args:
-        A: (N, T, d_in), or (N/M, T, d_in) when the draws share it.
+        A: (N, T, d_in), or (N/M, T, d_in) when the draws share it, or masked rows.
         B: (N, T, d_out).
         weight: columns of the weight.
         bias: columns of the bias, if it has the same uses.
     """
 
-    def __init__(self, A: Tensor, B: Tensor, weight: slice, bias: slice | None = None) -> None:
+    def __init__(self, A: FirstOperand, B: Tensor, weight: slice, bias: slice | None = None) -> None:
         self.A, self.B, self.weight, self.bias = A, B, weight, bias
         self.rows = B.shape[0]
+        self.form = A.mask if isinstance(A, Masked) else None
         self.columns = (weight,) if bias is None else (weight, bias)
 
     def project(self, Vt: Tensor, out: Tensor) -> None:
@@ -103,8 +114,17 @@ class FactorBlock(Block):
     def add_sample_gram(self, out: Tensor) -> None:
         """See :class:`Block`."""
         n, M = out.shape[:2]
+        size = max(1, _SAMPLE_NUMBERS // (M * self.A.shape[1] * self.A.shape[2])) if isinstance(self.A, Masked) else n
+        for start in range(0, n, size):
+            self._add_sample_gram(out[start : start + size], start)
+
+    def _add_sample_gram(self, out: Tensor, first: int) -> None:
+        """Of the samples from ``first``, as many as out has."""
+        n, M = out.shape[:2]
+        rows = slice(first * M, (first + n) * M)
         wide = torch.promote_types(self.B.dtype, torch.float32)
-        A, B = self.A.to(wide), self.B.to(wide)
+        A = (self.A.samples(rows.start, rows.stop) if isinstance(self.A, Masked) else self.A).to(wide)
+        B = self.B[rows].to(wide)
         T = B.shape[1]
         b = B.reshape(n, M * T, -1)
         bb = (b @ b.mT).double().view(n, M, T, M, T)
@@ -128,11 +148,16 @@ class FactorBlock(Block):
 
     def tensors(self) -> dict[str, Tensor]:
         """See :class:`Block`."""
+        if isinstance(self.A, Masked):
+            return {"A": self.A.x, "B": self.B, "streams": self.A.streams}
         return {"A": self.A, "B": self.B}
 
     def replace(self, tensors: dict[str, Tensor]) -> FactorBlock:
         """See :class:`Block`."""
-        return FactorBlock(tensors["A"], tensors["B"], self.weight, self.bias)
+        A: FirstOperand = tensors["A"]
+        if isinstance(self.A, Masked):
+            A = Masked(tensors["A"], tensors["streams"], *self.A.mask)
+        return FactorBlock(A, tensors["B"], self.weight, self.bias)
 
 
 class DenseBlock(Block):
@@ -169,8 +194,9 @@ class DenseBlock(Block):
         return DenseBlock(tensors["G"], self.columns[0])
 
 
-def materialise(A: Tensor, B: Tensor) -> Tensor:
+def materialise(A: FirstOperand, B: Tensor) -> Tensor:
     """Σ_t b_t a_tᵀ of each row, (N, d_out·d_in)."""
+    A = kernels.whole(A)
     if A.shape[0] != B.shape[0]:
         A = A.repeat_interleave(B.shape[0] // A.shape[0], 0)
     return (B.mT @ A).flatten(1)

@@ -10,6 +10,7 @@ from torch import Tensor
 from dropscope import kernels
 from dropscope.factors.blocks import materialise
 from dropscope.factors.layers import Factors, Layout, Recorder, UnfitError, Use
+from dropscope.kernels import FirstOperand, Masked
 from dropscope.masks import MaskKey
 from dropscope.problem import Batch, Problem
 
@@ -40,6 +41,7 @@ def record(
         if not recorder.uses:
             return [], []
         seedling = torch.full_like(values, problem.scale)
+        recorder.forget()
         found = torch.autograd.grad([values], [use.edge for use in recorder.uses], [seedling], allow_unused=True)
     gradients: list[Tensor | None] = list(found)
     for i, (use, gradient) in enumerate(zip(recorder.uses, list(gradients), strict=True)):
@@ -48,7 +50,7 @@ def record(
         require_finite(gradient, batch, key, draws)
         if use.dtype != problem.dtype:  # autocast inside the model, which rounds the inputs too
             gradients[i] = gradient.to(problem.dtype)
-            if use.inputs.is_floating_point():
+            if isinstance(use.inputs, Tensor) and use.inputs.is_floating_point():
                 use.inputs = use.inputs.to(use.dtype).to(problem.dtype)
     return recorder.uses, gradients
 
@@ -112,23 +114,41 @@ def rows_of(part: Part) -> Tensor:
     return materialise(part.A, part.B) if isinstance(part, Factors) else part
 
 
-def spread(A: Tensor, rows: int) -> Tensor:
+def spread(A: FirstOperand, rows: int) -> Tensor:
     """One row per draw of a tensor that the draws share."""
+    A = kernels.whole(A)
     return A if A.shape[0] == rows else A.repeat_interleave(rows // A.shape[0], 0)
 
 
 def join_draws(parts: Sequence[Part], samples: int) -> Part:
     """Parts of groups of draws of the same samples -> one part, sample-major."""
     if len(parts) == 1:
-        return parts[0]
+        part = parts[0]
+        if isinstance(part, Factors) and isinstance(part.A, Masked) and part.B.shape[0] == samples:
+            return Factors(kernels.whole(part.A), part.B)  # a single draw shares nothing
+        return part
     factors = [part for part in parts if isinstance(part, Factors)]
     if not factors:
         return _interleave([part for part in parts if isinstance(part, Tensor)], samples)
     B = _interleave([f.B for f in factors], samples)
-    first = factors[0].A
-    if all(f.A.shape[0] == samples and torch.equal(f.A, first) for f in factors):
-        return Factors(first, B)
+    shared = _shared([f.A for f in factors], samples)
+    if shared is not None:
+        return Factors(shared, B)
     return Factors(_interleave([spread(f.A, f.B.shape[0]) for f in factors], samples), B)
+
+
+def _shared(operands: Sequence[FirstOperand], samples: int) -> FirstOperand | None:
+    """One operand for all groups of draws where they share it, or share what their masks are on."""
+    masked = [A for A in operands if isinstance(A, Masked)]
+    plain = [A.x if isinstance(A, Masked) else A for A in operands]
+    if any(A.shape[0] != samples or not torch.equal(A, plain[0]) for A in plain):
+        return None
+    if not masked:
+        return plain[0]
+    if len(masked) < len(operands) or any(A.mask != masked[0].mask for A in masked):
+        return None
+    streams = _interleave([A.streams for A in masked], samples)
+    return Masked(plain[0], streams, *masked[0].mask)
 
 
 def _interleave(tensors: Sequence[Tensor], samples: int) -> Tensor:

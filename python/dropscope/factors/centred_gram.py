@@ -94,7 +94,7 @@ def samples_of(block: Block, samples: int, chosen: slice | Tensor) -> Block:
 class _Layers(NamedTuple):
     """Factors of a piece as the Gram kernels take them."""
 
-    plain: list[tuple[Tensor, Tensor, bool]]
+    plain: list[tuple[kernels.FirstOperand, Tensor, bool]]
     rounded: list[tuple[kernels.Rounded, kernels.Rounded, bool]]
 
 
@@ -104,7 +104,8 @@ def _layers(chunk: Chunk, precision: Precision) -> _Layers:
         if not isinstance(b, FactorBlock):
             continue
         if precision == "int8" and b.B.shape[1] == 1:
-            A, B = (kernels.round_rows(x.squeeze(1)) for x in (b.A, b.B))
+            A = kernels.round_rows(b.A if isinstance(b.A, kernels.Masked) else b.A.squeeze(1))
+            B = kernels.round_rows(b.B.squeeze(1))
             layers.rounded.append((A, B, b.bias is not None))
         else:
             layers.plain.append((b.A, b.B, b.bias is not None))

@@ -88,7 +88,8 @@ def joined(chunks: Sequence[Chunk]) -> list[Chunk]:
             (len(t) * chunk.draws // chunk.rows, t.shape[1:]) for b in chunk.blocks for t in b.tensors().values()
         )
         stored = all(b.tensors() for b in chunk.blocks)
-        groups.setdefault((chunk.draws, shapes) if stored else id(chunk), []).append(chunk)
+        forms = tuple(b.form for b in chunk.blocks)
+        groups.setdefault((chunk.draws, shapes, forms) if stored else id(chunk), []).append(chunk)
     out = []
     for group in groups.values():
         if len(group) == 1 or min(chunk.rows for chunk in group) >= _FEW_ROWS:

@@ -192,7 +192,7 @@ def _dtype(chunks: Sequence[Chunk]) -> torch.dtype:
 def _rounded(block: Block) -> Block:
     if not isinstance(block, FactorBlock):
         return block
-    return FactorBlock(block.A.bfloat16(), block.B.bfloat16(), block.weight, block.bias)
+    return block.to(torch.bfloat16)
 
 
 def _accumulate(chunks: Sequence[Chunk], S: Tensor, out: Tensor) -> None:

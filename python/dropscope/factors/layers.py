@@ -17,6 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from dropscope.kernels import FirstOperand, Masked
+from dropscope.mask_op import mask_rows
+
 Layout = Literal["rows", "time"]
 LAYOUTS: tuple[Layout, ...] = ("rows", "time")
 # One-hot rows larger than this would dwarf the network: such an embedding takes another route.
@@ -26,11 +29,24 @@ MAX_ONE_HOT = 1 << 27
 class Factors(NamedTuple):
     """Per-row gradients Σ_t b_t a_tᵀ of a (d_out, d_in) weight.
 
-    A: (N, T, d_in), or (N/M, T, d_in) when the M draws of a sample share it; B: (N, T, d_out).
+    A: (N, T, d_in), or (N/M, T, d_in) when the M draws of a sample share it, or masked rows of what they share.
+    B: (N, T, d_out).
     """
 
-    A: Tensor
+    A: FirstOperand
     B: Tensor
+
+
+class Dropped(NamedTuple):
+    """A mask on what all draws of a sample share.
+
+    x: what was masked. out: what came out. mask: streams, seed, site, threshold. versions: of x and out then.
+    """
+
+    x: Tensor
+    out: Tensor
+    mask: tuple[Tensor, int, int, int]
+    versions: tuple[int, int]
 
 
 class UnfitError(Exception):
@@ -45,7 +61,8 @@ class Use:
         weight: name of the weight, or None if it is not captured here.
         bias: name of the bias, or None.
         edge: where in the graph the gradient b of the output appears.
-        inputs: what the weight met; one row per sample only when ``shared``.
+        inputs: what the weight met; one row per sample only when ``shared``; :class:`Masked` right after the first
+            dropout.
         shared: the draws of a sample had bit-equal inputs.
         weight_part: (inputs, b, rows, layout) -> Factors or (rows, numel) gradients.
         bias_part: (b, rows, layout) -> (rows, numel) gradients.
@@ -56,9 +73,9 @@ class Use:
     weight: str | None
     bias: str | None
     edge: GradientEdge
-    inputs: Tensor
+    inputs: FirstOperand
     shared: bool
-    weight_part: Callable[[Tensor, Tensor, int, Layout], Factors | Tensor]
+    weight_part: Callable[[Any, Tensor, int, Layout], Factors | Tensor]
     bias_part: Callable[[Tensor, int, Layout], Tensor]
     paired: bool
     dtype: torch.dtype
@@ -106,6 +123,7 @@ class Recorder:
         self.names, self.samples, self.draws = names, samples, draws
         self.rows = samples * draws
         self.uses: list[Use] = []
+        self._dropped: Dropped | None = None
 
     def handlers(self) -> dict[Callable[..., Any], Callable[[Any], Any]]:
         """The functions that consume parameters, each with its rule."""
@@ -120,7 +138,30 @@ class Recorder:
             F.layer_norm: self._guard(self._layer_norm),
             F.group_norm: self._guard(self._group_norm),
             F.embedding: self._guard(self._embedding),
+            mask_rows: self._watch,
         }
+
+    def forget(self) -> None:
+        """Let go of what was held to recognise inputs."""
+        self._dropped = None
+
+    def _watch(self, call: Any) -> Any:
+        """Remember the mask just made if it is on what the draws share, as a single draw may."""
+        x, *mask = call.args
+        out = call.proceed()
+        shared = self.draws == 1 or self._shared(x)
+        self._dropped = Dropped(x.detach(), out.detach(), tuple(mask), (x._version, out._version)) if shared else None
+        return out
+
+    def _masked(self, x: Tensor) -> Masked | None:
+        """The operand of a layer that meets masked rows as they were made, perhaps in another shape."""
+        if self._dropped is None or not x.is_contiguous() or x.ndim < 2:
+            return None
+        source, out, mask, versions = self._dropped
+        same = x.data_ptr() == out.data_ptr() and x.numel() == out.numel() and out.is_contiguous()
+        if not same or (source._version, out._version) != versions or not x.numel():
+            return None
+        return Masked(source[:: self.draws].reshape(self.samples, -1, x.shape[-1]), *mask)
 
     def _guard(self, rule: Callable[..., Any]) -> Callable[[Any], Any]:
         def handler(call: Any) -> Any:
@@ -151,11 +192,12 @@ class Recorder:
         weight: Tensor,
         bias: Tensor | None,
         function: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-        weight_part: Callable[[Tensor, Tensor, int, Layout], Factors | Tensor],
+        weight_part: Callable[[Any, Tensor, int, Layout], Factors | Tensor],
         bias_part: Callable[[Tensor, int, Layout], Tensor] = last_axis_bias,
         *,
         paired: bool = False,
         shareable: bool = False,
+        maskable: bool = False,
     ) -> Tensor:
         """Run function(x, weight, bias), linear in its parameters, and record the use."""
         rooted = x.requires_grad
@@ -168,15 +210,23 @@ class Recorder:
             y = function(x[:: self.draws], weight, bias).repeat_interleave(self.draws, 0)
         else:
             y = function(x, weight, bias)
-        inputs = x.detach()[:: self.draws].contiguous() if shared else x.detach()
+        inputs: FirstOperand | None = self._masked(x) if maskable and not shared else None
+        if inputs is None:
+            inputs = x.detach()[:: self.draws].contiguous() if shared else x.detach()
         edge = get_gradient_edge(y)
         self.uses.append(Use(weight_name, bias_name, edge, inputs, shared, weight_part, bias_part, paired, y.dtype))
         return y
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
-        return self._affine(input, weight, bias, F.linear, self._linear_factors, paired=True, shareable=True)
+        return self._affine(
+            input, weight, bias, F.linear, self._linear_factors, paired=True, shareable=True, maskable=True
+        )
 
-    def _linear_factors(self, x: Tensor, b: Tensor, rows: int, layout: Layout) -> Factors:
+    def _linear_factors(self, x: FirstOperand, b: Tensor, rows: int, layout: Layout) -> Factors:
+        if isinstance(x, Masked):
+            if layout != "rows":
+                raise UnfitError("masked rows are rows of the batch")
+            return Factors(x, by_rows(b, rows, layout))
         held = rows // self.draws if x.shape[0] != b.shape[0] else rows
         return Factors(by_rows(x, held, layout), by_rows(b, rows, layout))
 

@@ -18,6 +18,7 @@ from dropscope import kernels
 from dropscope.factors.capture import Part, part_of, record
 from dropscope.factors.fallback import groups_work
 from dropscope.factors.layers import LAYOUTS, Layout, UnfitError, Use
+from dropscope.kernels import Masked
 from dropscope.masks import MaskKey, Sharing
 from dropscope.problem import Batch, Problem
 
@@ -203,12 +204,15 @@ def _stored(part: Part, layout: Layout, numel: int, samples: int, draws: int) ->
     """Route of a captured parameter, and how many numbers a sample stores, once and for each of its draws."""
     if isinstance(part, Tensor):
         return Route("rows", "the rule gives its rows", layout), 0, numel
-    shared = draws > 1 and part.A.shape[0] == samples
+    masked = isinstance(part.A, Masked)
+    shared = masked or (draws > 1 and part.A.shape[0] == samples)
     a, b = part.A.shape[1] * part.A.shape[2], part.B.shape[1] * part.B.shape[2]
+    b += -(-8 // part.B.element_size()) if masked else 0  # a stream each
     size = a * (1 if shared else draws) + b * draws
     if size < numel * draws:
         reason = f"{part.A.shape[1]} x ({part.A.shape[2]} + {part.B.shape[2]}) numbers instead of {numel}"
         reason += ", inputs shared by the draws" if shared else ""
+        reason += " up to their masks, which are remade" if masked else ""
         return Route("factors", reason, layout), a if shared else 0, b if shared else a + b
     return Route("rows", f"{numel} numbers are fewer than its factors {a} + {b}", layout), 0, numel
 

@@ -321,8 +321,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def _converted(chunk: Chunk, dtype: torch.dtype) -> Chunk:
-    blocks = tuple(b.replace({name: t.to(dtype) for name, t in b.tensors().items()}) for b in chunk.blocks)
-    return chunk.replace(blocks)
+    return chunk.replace(b.to(dtype) for b in chunk.blocks)
 
 
 def _emptied(chunk: Chunk) -> Chunk:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dropscope.kernels._launch import isa
 from dropscope.kernels.factors import accumulate, center, gram, gram_sum, project, sq_norms
 from dropscope.kernels.integers import Rounded, gram_rounded, native_int8, round_rows
+from dropscope.kernels.masked import FirstOperand, Masked, whole
 from dropscope.kernels.masks import apply_mask, keep_mask
 from dropscope.kernels.products import faster_products, multiply
 from dropscope.kernels.spectral import orthogonalize, orthogonalize_async, probe, rotate
@@ -17,6 +18,8 @@ from dropscope.reference import PROBE_SITE, ProbeKind
 
 __all__ = [
     "PROBE_SITE",
+    "FirstOperand",
+    "Masked",
     "ProbeKind",
     "Rounded",
     "accumulate",
@@ -37,4 +40,5 @@ __all__ = [
     "rotate",
     "round_rows",
     "sq_norms",
+    "whole",
 ]

@@ -12,9 +12,10 @@ from torch import Tensor
 from dropscope.kernels import _tiles as tiles
 from dropscope.kernels._launch import contiguous_rows
 from dropscope.kernels._slabs import group_of, slabs
+from dropscope.kernels.masked import FirstOperand, same_rows
 
 # A, B and whether the bias's gradient counts.
-Layer = tuple[Tensor, Tensor, bool]
+Layer = tuple[FirstOperand, Tensor, bool]
 L = TypeVar("L")
 
 
@@ -25,7 +26,7 @@ def add_gram(rows: Sequence[Layer], cols: Sequence[Layer], out: Tensor) -> None:
         add_gram(rows, cols, sums)
         out.copy_(sums)
         return
-    symmetric = all(_same(x[0], y[0]) and _same(x[1], y[1]) for x, y in zip(rows, cols, strict=True))
+    symmetric = all(same_rows(x[0], y[0]) and same_rows(x[1], y[1]) for x, y in zip(rows, cols, strict=True))
     pairs = list(zip(rows, cols, strict=True))
     ghost = [pair for pair in pairs if _ghost_is_cheaper(*pair[0][:2], *pair[1][:2])]
     if ghost:
@@ -105,8 +106,8 @@ class _Operand:
         A, B, self.bias = layer
         self.group, self.steps = group_of(A, B), B.shape[1]
         dtype = tiles.product_dtype(A)
-        self.a = tiles.flat_rows(A[start // self.group : (start + size) // self.group].to(dtype))
-        self.b = tiles.flat_rows(B[start : start + size].to(dtype))
+        self.a = tiles.packed(A, start // self.group, (start + size) // self.group, dtype)
+        self.b = tiles.packed(B, start, start + size, dtype)
 
     def add_product(self, other: _Operand, out: Tensor, mirror: Tensor | None = None) -> None:
         """Add the Gram tile of the two to out, and its transpose to mirror."""
@@ -115,11 +116,7 @@ class _Operand:
         tiles.hadamard(P, Q, out, mirror, groups=groups, steps=steps, shift=float(self.bias))
 
 
-def _same(x: Tensor, y: Tensor) -> bool:
-    return x is y or (x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride())
-
-
-def _ghost_is_cheaper(A: Tensor, B: Tensor, A2: Tensor, B2: Tensor) -> bool:
+def _ghost_is_cheaper(A: FirstOperand, B: Tensor, A2: FirstOperand, B2: Tensor) -> bool:
     """Flops a pair of samples of both routes, materialising each gradient once."""
     d_in, d_out, steps, steps2 = A.shape[2], B.shape[2], B.shape[1], B2.shape[1]
     ghost = steps * steps2 * (d_in / group_of(A, B) / group_of(A2, B2) + d_out)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dropscope.kernels import _tiles as tiles
+from dropscope.kernels.masked import FirstOperand, Masked
 
 # Bytes of the gradients of some output units, so that they stay near the processor, and the fewest of these units.
 _SLAB_BYTES, _FEWEST_UNITS = {"cpu": 24 << 20, "cuda": 256 << 20}, 16
@@ -21,18 +22,18 @@ _UNITS = 64
 _PASS = 64
 
 
-def group_of(A: Tensor, B: Tensor) -> int:
+def group_of(A: FirstOperand, B: Tensor) -> int:
     """How many consecutive samples share a row of A."""
     return B.shape[0] // A.shape[0]
 
 
-def pays(A: Tensor, B: Tensor, vectors: int) -> bool:
+def pays(A: FirstOperand, B: Tensor, vectors: int) -> bool:
     """Whether materialised gradients cost fewer multiply-adds than the factors do, for so many vectors."""
     steps = A.shape[1]
     return group_of(A, B) * (steps + vectors + _PASS) < steps * vectors
 
 
-def project(A: Tensor, B: Tensor, V: Tensor, out: Tensor) -> None:
+def project(A: FirstOperand, B: Tensor, V: Tensor, out: Tensor) -> None:
     """out[i, k] += ⟨V_k, Σ_t b_it a_itᵀ⟩."""
     for a, b, rows in _samples(A, B):
         first = 0
@@ -45,7 +46,7 @@ def project(A: Tensor, B: Tensor, V: Tensor, out: Tensor) -> None:
             first += units
 
 
-def accumulate(A: Tensor, B: Tensor, S: Tensor, out: Tensor) -> None:
+def accumulate(A: FirstOperand, B: Tensor, S: Tensor, out: Tensor) -> None:
     """out[k] += Σ_i S[i, k] Σ_t b_it a_itᵀ."""
     for a, b, rows in _samples(A, B):
         weights, first = S[rows].T.contiguous(), 0
@@ -56,33 +57,46 @@ def accumulate(A: Tensor, B: Tensor, S: Tensor, out: Tensor) -> None:
             first += units
 
 
-def _samples(A: Tensor, B: Tensor) -> Iterator[tuple[Tensor, Tensor, slice]]:
+def _samples(A: FirstOperand, B: Tensor) -> Iterator[tuple[Tensor, Tensor, slice]]:
     """Tiles of samples that share no row of A, and where they stand."""
     group, (_, units) = group_of(A, B), B.shape[1:]
     one = group * min(units, _UNITS) * A.shape[2] * tiles.product_dtype(A).itemsize
-    size = tiles.even_tile(len(A), max(1, _SLAB_BYTES[A.device.type] // one))
-    for start in range(0, len(A), size):
+    size = tiles.even_tile(A.shape[0], max(1, _SLAB_BYTES[B.device.type] // one))
+    for start in range(0, A.shape[0], size):
         rows = slice(start * group, min((start + size) * group, len(B)))
-        yield A[start : start + size], B[rows], rows
+        yield A.samples(start, start + size) if isinstance(A, Masked) else A[start : start + size], B[rows], rows
 
 
-def slabs(A: Tensor, B: Tensor, bias: bool, others: int) -> Iterator[Tensor]:
+def slabs(A: FirstOperand, B: Tensor, bias: bool, others: int) -> Iterator[Tensor]:
     """Gradients (n, units · d_in) of a few output units after the other, then the bias's; each gone with the next.
 
     The width of the slabs is that of the larger of the two sides, so that both have the same.
     """
     dtype = tiles.product_dtype(A)
-    A, B = A.to(dtype), B.to(dtype)
+    A, B = A if isinstance(A, Masked) else A.to(dtype), B.to(dtype)
     samples, steps, units = B.shape
-    n, group, d_in = len(A), group_of(A, B), A.shape[2]
-    width = max(_FEWEST_UNITS, _SLAB_BYTES[A.device.type] // (max(samples, others) * d_in * dtype.itemsize))
+    n, group, d_in = A.shape[0], group_of(A, B), A.shape[2]
+    width = max(_FEWEST_UNITS, _SLAB_BYTES[B.device.type] // (max(samples, others) * d_in * dtype.itemsize))
     width = tiles.even_tile(units, width)
-    memory = torch.empty(samples * min(width, units) * d_in, dtype=dtype, device=A.device)
+    memory = torch.empty(samples * min(width, units) * d_in, dtype=dtype, device=B.device)
     for first in range(0, units, width):
         b = B[:, :, first : first + width]
         # The draws that share a row of A are more output units of it.
         b = b.reshape(n, group, steps, -1).transpose(2, 3).reshape(n, -1, steps)
         slab = memory[: n * b.shape[1] * d_in].view(n, b.shape[1], d_in)
-        yield torch.bmm(b, A, out=slab).view(samples, -1)
+        yield _products(b, A, slab).view(samples, -1)
     if bias:
         yield B.sum(1)
+
+
+def _products(b: Tensor, A: FirstOperand, out: Tensor) -> Tensor:
+    """out[i] <- b_i A_i."""
+    if not isinstance(A, Masked):
+        return torch.bmm(b, A, out=out)
+    samples, steps, units = A.shape
+    size = max(1, tiles.tile_rows(units, out.itemsize, out.device) // steps)
+    space = torch.empty(min(size, samples), steps, units, dtype=out.dtype, device=out.device)
+    for start in range(0, samples, size):
+        stop = min(start + size, samples)
+        torch.bmm(b[start:stop], A.samples(start, stop, space[: stop - start]), out=out[start:stop])
+    return out

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dropscope.kernels._launch import CPU, CUDA, DTYPES, MatrixArgument, _core, contiguous_rows, launch, matrix, on
+from dropscope.kernels.masked import FirstOperand, Masked
 from dropscope.kernels.products import add_product as add_product
 from dropscope.kernels.products import adds_in_place as adds_in_place
 from dropscope.kernels.products import multiply as multiply
@@ -31,9 +32,9 @@ def flat_rows(x: Tensor) -> Tensor:
     return rows if contiguous_rows(rows) else rows.contiguous()
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
+def product_dtype(x: FirstOperand) -> torch.dtype:
     """Dtype that factors are multiplied in: bfloat16 in float32, tile by tile in cache, where the CPU has no units."""
-    return torch.float32 if x.dtype == torch.bfloat16 and not x.is_cuda and not native_bfloat16() else x.dtype
+    return torch.float32 if x.dtype == torch.bfloat16 and x.device.type == "cpu" and not native_bfloat16() else x.dtype
 
 
 class Workspace:
@@ -49,6 +50,25 @@ class Workspace:
     def take(self, rows: int, cols: int) -> Tensor:
         """A matrix of arbitrary contents in the workspace."""
         return self.memory[: rows * cols].view(rows, cols)
+
+
+def packing_space(x: FirstOperand, samples: int, dtype: torch.dtype) -> Workspace | None:
+    """Memory for tiles of so many samples of a masked operand; other operands need none."""
+    if not isinstance(x, Masked):
+        return None
+    count, steps, units = x.shape
+    return Workspace(min(samples, count) * steps * units, dtype, x.device)
+
+
+def packed(x: FirstOperand, start: int, stop: int, dtype: torch.dtype, space: Workspace | None = None) -> Tensor:
+    """Samples start..stop-1 as flat rows of this dtype; masked ones are made, in ``space`` if given."""
+    if not isinstance(x, Masked):
+        return flat_rows(x[start:stop]).to(dtype)
+    count, steps, units = x.shape
+    rows = max(0, min(stop, count) - start) * steps
+    out = space.take(rows, units) if space else torch.empty(rows, units, dtype=dtype, device=x.device)
+    x.samples(start, stop, out)
+    return out
 
 
 def tile_rows(width: int, itemsize: int, device: torch.device, multiple: int = 1) -> int:
@@ -142,6 +162,8 @@ __all__ = [
     "gram_samples",
     "hadamard",
     "multiply",
+    "packed",
+    "packing_space",
     "product_dtype",
     "row_dots",
     "scale_rows",

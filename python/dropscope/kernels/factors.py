@@ -1,9 +1,10 @@
 """Kernels of the factors room: per-sample gradients Σ_t b_it a_itᵀ of linear maps, never formed.
 
 Rows are sample-major: sample i·M + m is draw m of sample i, and A may hold one row per M consecutive samples where
-the draws share it. Products run in the dtype of the factors, sums over tiles in the dtype of ``out``. bfloat16
-factors are multiplied as they are where the CPU has units for it, each product of a tile being rounded once more to
-bfloat16 (relative error 2⁻⁹, independent between entries); elsewhere tiles are widened to float32 in cache.
+the draws share it, or be :class:`Masked`: what they share under a mask for each, remade tile by tile. Products run in
+the dtype of the factors, sums over tiles in the dtype of ``out``. bfloat16 factors are multiplied as they are where the
+CPU has units for it, each product of a tile being rounded once more to bfloat16 (relative error 2⁻⁹, independent
+between entries); elsewhere tiles are widened to float32 in cache.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dropscope.kernels import _tiles as tiles
 from dropscope.kernels._gram import Layer, add_gram
 from dropscope.kernels._launch import contiguous_rows, device_of
 from dropscope.kernels._slabs import group_of
+from dropscope.kernels.masked import FirstOperand, Masked, whole
 
 # Steps from which the factors of one sample fill a matrix product by themselves, scaled by it and not before it.
 _LONG = 128
@@ -26,11 +28,11 @@ _LONG = 128
 __all__ = ["accumulate", "center", "gram", "gram_sum", "project", "sq_norms"]
 
 
-def _check_factors(name: str, A: Tensor, B: Tensor, label: str = "") -> None:
+def _check_factors(name: str, A: FirstOperand, B: Tensor, label: str = "") -> None:
     for letter, x in (("A", A), ("B", B)):
-        if not x.is_floating_point():
+        if not x.dtype.is_floating_point:
             raise TypeError(f"{name}: {letter}{label} must be floating point, got {x.dtype}")
-        if x.dim() != 3:
+        if len(x.shape) != 3:
             raise ValueError(f"{name}: {letter}{label} must have shape (samples, T, units), got {tuple(x.shape)}")
     if A.dtype != B.dtype:
         raise TypeError(f"{name}: A{label} and B{label} must have one dtype, got {A.dtype} and {B.dtype}")
@@ -43,8 +45,8 @@ def _check_factors(name: str, A: Tensor, B: Tensor, label: str = "") -> None:
         raise ValueError(f"{name}: the rows of A{label} must divide those of B{label} ({samples}), got {rows}")
 
 
-def _check(name: str, label: str, x: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    if not x.is_floating_point():
+def _check(name: str, label: str, x: FirstOperand, shape: tuple[int, ...], like: FirstOperand) -> None:
+    if not x.dtype.is_floating_point:
         raise TypeError(f"{name}: {label} must be floating point, got {x.dtype}")
     if tuple(x.shape) != shape:
         raise ValueError(f"{name}: {label} must have shape {shape}, got {tuple(x.shape)}")
@@ -52,7 +54,7 @@ def _check(name: str, label: str, x: Tensor, shape: tuple[int, ...], like: Tenso
         raise ValueError(f"{name}: {label} must be on the device of the factors ({like.device}), got {x.device}")
 
 
-def _check_pair(name: str, A: Tensor, B: Tensor, A2: Tensor, B2: Tensor, out: Tensor) -> None:
+def _check_pair(name: str, A: FirstOperand, B: Tensor, A2: FirstOperand, B2: Tensor, out: Tensor) -> None:
     _check_factors(name, A, B)
     _check_factors(name, A2, B2, "2")
     if A2.dtype != A.dtype:
@@ -62,8 +64,10 @@ def _check_pair(name: str, A: Tensor, B: Tensor, A2: Tensor, B2: Tensor, out: Te
     _check(name, "out", out, (B.shape[0], B2.shape[0]), A)
 
 
-def _compiled(factors: tuple[Tensor, ...], others: tuple[Tensor, ...], sums: Tensor | None) -> bool:
+def _compiled(operands: tuple[FirstOperand, ...], others: tuple[Tensor, ...], sums: Tensor | None) -> bool:
     """Whether the tiles can serve; else the reference does."""
+    factors = [x.x if isinstance(x, Masked) else x for x in operands]
+    others += tuple(x.streams for x in operands if isinstance(x, Masked))
     if any(x.dtype not in tiles.FACTOR_DTYPES or x.dtype != factors[0].dtype for x in factors):
         return False
     if sums is not None and sums.dtype not in tiles.SUM_DTYPES:
@@ -71,12 +75,17 @@ def _compiled(factors: tuple[Tensor, ...], others: tuple[Tensor, ...], sums: Ten
     return device_of(*factors, *others) is not None
 
 
+def _widest(width: int, A: FirstOperand) -> int:
+    """Numbers a row of what a tile makes: of a product or, where that is wider, of masked rows."""
+    return max(width, A.shape[2]) if isinstance(A, Masked) else width
+
+
 @torch.no_grad()
-def project(A: Tensor, B: Tensor, V: Tensor, out: Tensor) -> None:
+def project(A: FirstOperand, B: Tensor, V: Tensor, out: Tensor) -> None:
     """Inner products of per-sample gradients with K matrices: out[i, k] += Σ_t b_itᵀ V_k a_it.
 
     Args:
-        A: (N/M, T, d_in), each row shared by M consecutive samples.
+        A: (N/M, T, d_in), each row shared by M consecutive samples, or masked rows.
         B: (N, T, d_out), of the dtype of A.
         V: (K, d_out, d_in), rounded to the dtype of A.
         out: (N, K), float32 or float64; added to.
@@ -91,7 +100,7 @@ def project(A: Tensor, B: Tensor, V: Tensor, out: Tensor) -> None:
     if out.numel() == 0:
         return
     if not _compiled((A, B), (V, out), out):
-        reference.project(A, B, V, out)
+        reference.project(whole(A), B, V, out)
         return
     if not contiguous_rows(out):
         sums = out.contiguous()
@@ -103,29 +112,32 @@ def project(A: Tensor, B: Tensor, V: Tensor, out: Tensor) -> None:
         return
     dtype = tiles.product_dtype(A)
     V, group = V.to(dtype), group_of(A, B)
+    left: FirstOperand = A
+    right: FirstOperand = B
     if group == 1 and A.shape[2] < B.shape[2]:  # the product is then narrower
-        A, B, V = B, A, V.transpose(1, 2)
-    steps, units = B.shape[1:]
+        left, right, V = B, A, V.transpose(1, 2)
+    steps, units = right.shape[1:]
     together = max(1, min(V.shape[0], 2048 // max(1, units)))
-    rows = max(1, tiles.tile_rows(together * units, dtype.itemsize, A.device) // steps)
-    space = tiles.Workspace(min(rows, A.shape[0]) * steps * together * units, dtype, A.device)
+    rows = max(1, tiles.tile_rows(_widest(together * units, A), dtype.itemsize, B.device) // steps)
+    space = tiles.Workspace(min(rows, left.shape[0]) * steps * together * units, dtype, B.device)
+    packing = tiles.packing_space(A, rows, dtype)
     for first in range(0, V.shape[0], together):
         stacked = V[first : first + together].reshape(-1, V.shape[2])
-        for start in range(0, A.shape[0], rows):
-            a, b = A[start : start + rows], B[start * group : (start + rows) * group]
-            product = space.multiply(tiles.flat_rows(a).to(dtype), stacked.T)
-            target = out[start * group : (start + rows) * group, first : first + together]
-            tiles.row_dots(product, tiles.flat_rows(b), target, group, steps)
+        for start in range(0, left.shape[0], rows):
+            stop = start + rows
+            product = space.multiply(tiles.packed(left, start, stop, dtype, packing), stacked.T)
+            b = tiles.packed(right, start * group, stop * group, B.dtype if right is B else dtype, packing)
+            tiles.row_dots(product, b, out[start * group : stop * group, first : first + together], group, steps)
 
 
 @torch.no_grad()
-def accumulate(A: Tensor, B: Tensor, S: Tensor, out: Tensor) -> None:
+def accumulate(A: FirstOperand, B: Tensor, S: Tensor, out: Tensor) -> None:
     """Weighted sums of per-sample gradients, the adjoint of :func:`project`: out[k] += Σ_i S[i, k] Σ_t b_it a_itᵀ.
 
     The samples that share a row of A are summed before the product, which then has N/M rows.
 
     Args:
-        A: (N/M, T, d_in), each row shared by M consecutive samples.
+        A: (N/M, T, d_in), each row shared by M consecutive samples, or masked rows.
         B: (N, T, d_out), of the dtype of A.
         S: (N, K).
         out: (K, d_out, d_in), float32 or float64; added to.
@@ -140,7 +152,7 @@ def accumulate(A: Tensor, B: Tensor, S: Tensor, out: Tensor) -> None:
     if out.numel() == 0 or B.numel() == 0:
         return
     if not _compiled((A, B), (S, out), out):
-        reference.accumulate(A, B, S, out)
+        reference.accumulate(whole(A), B, S, out)
         return
     if slabs.pays(A, B, S.shape[1]):
         slabs.accumulate(A, B, S, out)
@@ -148,26 +160,29 @@ def accumulate(A: Tensor, B: Tensor, S: Tensor, out: Tensor) -> None:
     group, (steps, units) = group_of(A, B), B.shape[1:]
     S = S.to(torch.promote_types(A.dtype, torch.float32))
     S = S if contiguous_rows(S) else S.contiguous()
-    if group == 1 and steps >= _LONG and S.shape[1] == 1 and not A.is_cuda and tiles.adds_in_place(out, A[0], B[0]):
-        for a, b, weight in zip(A, B, S.squeeze(1).tolist(), strict=True):
-            tiles.add_product(out[0], tiles.flat_rows(b).T, tiles.flat_rows(a), weight)
-        return
     dtype = tiles.product_dtype(A)
+    if group == 1 and steps >= _LONG and S.shape[1] == 1 and not B.is_cuda and tiles.adds_in_place(out, B[0], B[0]):
+        packing = tiles.packing_space(A, 1, dtype)
+        for i, weight in enumerate(S.squeeze(1).tolist()):
+            a = tiles.packed(A, i, i + 1, dtype, packing)
+            tiles.add_product(out[0], tiles.flat_rows(B[i : i + 1]).T, a, weight)
+        return
     # Sums that are parts of wider rows are no one matrix: then a product for each.
     together = max(1, min(S.shape[1], 2048 // max(1, units))) if out.is_contiguous() else 1
-    rows = max(1, tiles.tile_rows(together * units, dtype.itemsize, A.device) // steps)
-    space = tiles.Workspace(min(rows, A.shape[0]) * steps * together * units, dtype, A.device)
+    rows = max(1, tiles.tile_rows(_widest(together * units, A), dtype.itemsize, B.device) // steps)
+    space = tiles.Workspace(min(rows, A.shape[0]) * steps * together * units, dtype, B.device)
+    packing = tiles.packing_space(A, rows, dtype)
     for first in range(0, S.shape[1], together):
         weights, target = S[:, first : first + together], out[first : first + together]
         for start in range(0, A.shape[0], rows):
-            a, b = A[start : start + rows], B[start * group : (start + rows) * group]
-            packed = space.take(a.shape[0] * steps, weights.shape[1] * units)
-            tiles.scale_rows(tiles.flat_rows(b), weights[start * group : (start + rows) * group], packed, group, steps)
-            tiles.add_product(target.flatten(0, 1), packed.T, tiles.flat_rows(a).to(dtype))
+            a, b = tiles.packed(A, start, start + rows, dtype, packing), B[start * group : (start + rows) * group]
+            scaled = space.take(a.shape[0], weights.shape[1] * units)
+            tiles.scale_rows(tiles.flat_rows(b), weights[start * group : (start + rows) * group], scaled, group, steps)
+            tiles.add_product(target.flatten(0, 1), scaled.T, a)
 
 
 @torch.no_grad()
-def gram(A: Tensor, B: Tensor, A2: Tensor, B2: Tensor, out: Tensor, *, bias: bool = False) -> None:
+def gram(A: FirstOperand, B: Tensor, A2: FirstOperand, B2: Tensor, out: Tensor, *, bias: bool = False) -> None:
     """Inner products of per-sample gradients: out[i, j] += ⟨Σ_t b_it ã_itᵀ, Σ_s b'_js ã'_jsᵀ⟩.
 
     T = 1 is the Hadamard product of AA'ᵀ and BB'ᵀ. Longer sequences take the cheaper of its sum over (t, s), T·T'
@@ -175,9 +190,9 @@ def gram(A: Tensor, B: Tensor, A2: Tensor, B2: Tensor, out: Tensor, *, bias: boo
     half is computed and mirrored.
 
     Args:
-        A: (N/M, T, d_in), each row shared by M consecutive samples.
+        A: (N/M, T, d_in), each row shared by M consecutive samples, or masked rows.
         B: (N, T, d_out), of the dtype of A.
-        A2: (N'/M', T', d_in).
+        A2: (N'/M', T', d_in), or masked rows.
         B2: (N', T', d_out).
         out: (N, N'), float32 or float64; added to.
         bias: ã is a with a 1 appended, so that the bias's gradient is counted.
@@ -190,7 +205,7 @@ def gram(A: Tensor, B: Tensor, A2: Tensor, B2: Tensor, out: Tensor, *, bias: boo
     if out.numel() == 0:
         return
     if not _compiled((A, B, A2, B2), (out,), out):
-        reference.gram(A, B, A2, B2, out, bias=bias)
+        reference.gram(whole(A), B, whole(A2), B2, out, bias=bias)
         return
     add_gram([(A, B, bias)], [(A2, B2, bias)], out)
 
@@ -231,11 +246,11 @@ def _materialise(A: Tensor, B: Tensor, bias: bool) -> Tensor:
 
 
 @torch.no_grad()
-def sq_norms(A: Tensor, B: Tensor, *, bias: bool = False) -> Tensor:
+def sq_norms(A: FirstOperand, B: Tensor, *, bias: bool = False) -> Tensor:
     """Squared norms of per-sample gradients, ‖Σ_t b_it ã_itᵀ‖²_F: the diagonal of :func:`gram`.
 
     Args:
-        A: (N/M, T, d_in), each row shared by M consecutive samples.
+        A: (N/M, T, d_in), each row shared by M consecutive samples, or masked rows.
         B: (N, T, d_out), of the dtype of A.
         bias: ã is a with a 1 appended.
 
@@ -250,20 +265,24 @@ def sq_norms(A: Tensor, B: Tensor, *, bias: bool = False) -> Tensor:
     if B.shape[0] == 0:
         return torch.zeros(0, dtype=torch.float64, device=B.device)
     if not _compiled((A, B), (), None):
-        return reference.sq_norms(A, B, bias=bias)
+        return reference.sq_norms(whole(A), B, bias=bias)
     group, (steps, units) = group_of(A, B), B.shape[1:]
     out = torch.zeros((B.shape[0], 1), dtype=torch.float64, device=B.device)
     if steps == 1:
-        shared = torch.zeros((A.shape[0], 1), dtype=torch.float64, device=A.device)
-        for x, sums in ((tiles.flat_rows(A), shared), (tiles.flat_rows(B), out)):
-            tiles.row_dots(x, x, sums)
+        shared = torch.zeros((A.shape[0], 1), dtype=torch.float64, device=B.device)
+        for x, sums in ((A, shared), (B, out)):
+            rows = tiles.tile_rows(x.shape[2], x.dtype.itemsize, B.device) if isinstance(x, Masked) else len(sums)
+            for start in range(0, len(sums), rows):
+                tile = tiles.packed(x, start, start + rows, x.dtype)
+                tiles.row_dots(tile, tile, sums[start : start + rows])
         return (out.view(-1, group) * (shared + float(bias))).view(-1)
     ghost = steps * steps * (A.shape[2] / group + units) <= steps * A.shape[2] * units
     width = steps * steps if ghost else A.shape[2] * units
-    size = max(1, (1 << (26 if A.is_cuda else 20)) // max(1, width * group))
+    size = max(1, (1 << (26 if B.is_cuda else 20)) // max(1, width * group))
     wide = torch.promote_types(A.dtype, torch.float32)
     for start in range(0, A.shape[0], size):
-        a, b = A[start : start + size].to(wide), B[start * group : (start + size) * group].to(wide)
+        a = tiles.packed(A, start, start + size, wide).view(-1, steps, A.shape[2])
+        b = B[start * group : (start + size) * group].to(wide)
         target = out[start * group : (start + size) * group]
         if ghost:
             P = torch.bmm(a, a.transpose(1, 2)).flatten(1) + float(bias)

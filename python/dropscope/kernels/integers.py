@@ -19,6 +19,7 @@ from dropscope.kernels import _tiles as tiles
 from dropscope.kernels._gram import Layer, add_tiles
 from dropscope.kernels._launch import CPU, device_of
 from dropscope.kernels.factors import gram_sum
+from dropscope.kernels.masked import FirstOperand, Masked
 from dropscope.kernels.products import CLEARLY, fastest, multiply
 
 __all__ = ["Rounded", "gram_rounded", "native_int8", "round_rows"]
@@ -64,24 +65,25 @@ def native_int8() -> bool:
 
 
 @torch.no_grad()
-def round_rows(x: Tensor) -> Rounded:
+def round_rows(x: FirstOperand) -> Rounded:
     """Round every row to integers, to nearest even; a row of zeros stays one.
 
     Args:
-        x: (n, d), floating point, finite.
+        x: (n, d), floating point, finite; or masked rows of one time step, never all made at once.
 
     Raises:
         TypeError: x is not floating point.
         ValueError: x is not a matrix, not finite, or its rows are so long that sums of products do not fit 32 bits.
     """
-    if not x.is_floating_point():
+    if not x.dtype.is_floating_point:
         raise TypeError(f"round_rows: x must be floating point, got {x.dtype}")
-    if x.dim() != 2 or x.shape[1] > _MOST_ENTRIES:
+    shape = (x.shape[0], x.shape[2]) if isinstance(x, Masked) and x.shape[1] == 1 else x.shape
+    if len(shape) != 2 or shape[1] > _MOST_ENTRIES:
         raise ValueError(f"round_rows: x must have shape (n, d), d at most {_MOST_ENTRIES}, got {tuple(x.shape)}")
-    values = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    scales = torch.empty(len(x), dtype=torch.float32, device=x.device)
-    for start in range(0, len(x), _ROWS):
-        part = x[start : start + _ROWS].float()
+    values = torch.empty(shape, dtype=torch.int8, device=x.device)
+    scales = torch.empty(shape[0], dtype=torch.float32, device=x.device)
+    for start in range(0, shape[0], _ROWS):
+        part = tiles.packed(x, start, start + _ROWS, torch.float32)
         largest = part.abs().amax(1)
         largest.masked_fill_(largest < _SMALLEST, 0.0)
         scales[start : start + _ROWS] = largest / _LARGEST
