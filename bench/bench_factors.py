@@ -21,22 +21,35 @@ DRAWS = 4
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.int8: 1e-2}
 
 
-def factors(rows: int, dtype: torch.dtype, shared: bool) -> list[tuple[Tensor, Tensor]]:
-    """(A, B) of every layer; where `shared`, the first layer's input is held once for all draws."""
+Layers = list[tuple[kernels.FirstOperand, Tensor]]
+
+
+def factors(rows: int, dtype: torch.dtype, shared: bool, masked: bool = False) -> Layers:
+    """(A, B) of every layer; where `shared`, the first layer's input is held once for all draws.
+
+    Where `masked`, the second layer's is too, and masked where it is used: what follows the first dropout.
+    """
     generator = torch.Generator().manual_seed(0)
-    layers = []
+    streams = torch.arange(rows) % DRAWS << 32 | torch.arange(rows) // DRAWS
+    layers: Layers = []
     for layer, (d_in, d_out) in enumerate(pairwise(SIZES)):
         A = torch.randn(rows // DRAWS, 1, d_in, generator=generator)
-        if layer or not shared:
+        if layer > masked or not shared:
             A = A.repeat_interleave(DRAWS, 0) + 0.5 * torch.randn(rows, 1, d_in, generator=generator)
-        B = torch.randn(rows, 1, d_out, generator=generator)
-        layers.append((A.to(dtype), B.to(dtype)))
+        B = torch.randn(rows, 1, d_out, generator=generator).to(dtype)
+        if layer and masked and len(A) < rows:
+            layers.append((kernels.Masked(A.to(dtype), streams, seed=0, site=1, threshold=52429), B))
+        else:
+            layers.append((A.to(dtype), B))
     return layers
 
 
-def plain(layers: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+def plain(layers: Layers, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
     """(A, B) as matrices of one row per sample and draw."""
-    return [(A[:, 0].repeat_interleave(len(B) // len(A), 0).to(dtype), B[:, 0].to(dtype)) for A, B in layers]
+    return [
+        (kernels.whole(A)[:, 0].repeat_interleave(len(B) // A.shape[0], 0).to(dtype), B[:, 0].to(dtype))
+        for A, B in layers
+    ]
 
 
 def checked(expected: Callable[[], Any], dtype: torch.dtype) -> Callable[[Mapping[str, Any]], str]:
@@ -52,14 +65,14 @@ def checked(expected: Callable[[], Any], dtype: torch.dtype) -> Callable[[Mappin
     return check
 
 
-def product(rows: int, dtype: torch.dtype, shared: bool) -> Contest:
+def product(rows: int, dtype: torch.dtype, shared: bool, masked: bool = False) -> Contest:
     """One product with the covariance of the dropout noise, up to its scale."""
-    layers = factors(rows, dtype, shared)
+    layers = factors(rows, dtype, shared, masked)
     V = [torch.randn(1, b, a, generator=torch.Generator().manual_seed(1)) / a for a, b in pairwise(SIZES)]
     out, wide = [torch.zeros_like(v) for v in V], plain(layers, torch.float32)
     buffers = [(torch.empty_like(B), torch.empty_like(v[0])) for (_, B), v in zip(wide, V, strict=True)]
 
-    def ours() -> list[Tensor]:
+    def ours(layers: Layers = layers) -> list[Tensor]:
         s = torch.zeros(rows, 1)
         for (A, B), v in zip(layers, V, strict=True):
             kernels.project(A, B, v, s)
@@ -80,7 +93,17 @@ def product(rows: int, dtype: torch.dtype, shared: bool) -> Contest:
             torch.mm(B.T, A, out=sums_out)
 
     check = checked(lambda: torch_loop(plain(layers, torch.float64), [v.double() for v in V]), dtype)
-    return Contest(ours, check, {"plain torch": torch_loop}, ("bare products", bare))
+    competitors: dict[str, Callable[[], Any]] = {"plain torch": torch_loop}
+    if masked:
+        stored: Layers = [(kernels.whole(A), B) for A, B in layers]
+        competitors[f"stored masked rows, {held(stored)} MB of factors, not {held(layers)}"] = lambda: ours(stored)
+    return Contest(ours, check, competitors, ("bare products", bare))
+
+
+def held(layers: Layers) -> int:
+    """Megabytes of factors."""
+    tensors = [x for A, B in layers for x in ((A.x, A.streams, B) if isinstance(A, kernels.Masked) else (A, B))]
+    return round(sum(x.numel() * x.element_size() for x in tensors) / 1e6)
 
 
 def gram(rows: int, dtype: torch.dtype, shared: bool) -> Contest:
@@ -120,6 +143,11 @@ def product_float32() -> Contest:
 @contest("Σ-product from factors, 10^4 rows, float32, input shared by 4 draws", within=1.0)
 def product_shared() -> Contest:
     return product(10_000, torch.float32, shared=True)
+
+
+@contest("Σ-product from factors, 10^4 rows, float32, input shared by 4 draws, first dropout remade", within=1.0)
+def product_masked() -> Contest:
+    return product(10_000, torch.float32, shared=True, masked=True)
 
 
 @contest("Σ-product from factors, 10^4 rows, bfloat16 (bare: float32)", within=1.0)

@@ -37,16 +37,32 @@ class Factors(NamedTuple):
     B: Tensor
 
 
-class Dropped(NamedTuple):
-    """A mask on what all draws of a sample share.
+class Dropped:
+    """A mask just made on what all draws of a sample share.
 
-    x: what was masked. out: what came out. mask: streams, seed, site, threshold. versions: of x and out then.
+    Args:
+        x: what was masked.
+        out: what came out.
+        mask: streams, seed, site, threshold.
+        draws: of each sample.
     """
 
-    x: Tensor
-    out: Tensor
-    mask: tuple[Tensor, int, int, int]
-    versions: tuple[int, int]
+    def __init__(self, x: Tensor, out: Tensor, mask: tuple[Tensor, int, int, int], draws: int) -> None:
+        self.x, self.out, self.mask, self.draws = x.detach(), out.detach(), mask, draws
+        self.versions = x._version, out._version
+        self.rows: Tensor | None = None
+
+    def operand(self, x: Tensor) -> Masked | None:
+        """The operand of a layer whose input is what came out, perhaps in another shape; None if it is not."""
+        same = x.data_ptr() == self.out.data_ptr() and x.numel() == self.out.numel()
+        if not same or x.ndim < 2 or not (x.is_contiguous() and self.out.is_contiguous()):
+            return None
+        if self.rows is None and (self.x._version, self.out._version) == self.versions:
+            # A copy: what was masked may be changed in place later.
+            self.rows = self.x[:: self.draws].clone(memory_format=torch.contiguous_format).flatten(1)
+        if self.rows is None or self.out._version != self.versions[1]:
+            return None
+        return Masked(self.rows.view(len(self.rows), -1, x.shape[-1]), *self.mask)
 
 
 class UnfitError(Exception):
@@ -150,18 +166,8 @@ class Recorder:
         x, *mask = call.args
         out = call.proceed()
         shared = self.draws == 1 or self._shared(x)
-        self._dropped = Dropped(x.detach(), out.detach(), tuple(mask), (x._version, out._version)) if shared else None
+        self._dropped = Dropped(x, out, tuple(mask), self.draws) if shared else None
         return out
-
-    def _masked(self, x: Tensor) -> Masked | None:
-        """The operand of a layer that meets masked rows as they were made, perhaps in another shape."""
-        if self._dropped is None or not x.is_contiguous() or x.ndim < 2:
-            return None
-        source, out, mask, versions = self._dropped
-        same = x.data_ptr() == out.data_ptr() and x.numel() == out.numel() and out.is_contiguous()
-        if not same or (source._version, out._version) != versions or not x.numel():
-            return None
-        return Masked(source[:: self.draws].reshape(self.samples, -1, x.shape[-1]), *mask)
 
     def _guard(self, rule: Callable[..., Any]) -> Callable[[Any], Any]:
         def handler(call: Any) -> Any:
@@ -210,9 +216,8 @@ class Recorder:
             y = function(x[:: self.draws], weight, bias).repeat_interleave(self.draws, 0)
         else:
             y = function(x, weight, bias)
-        inputs: FirstOperand | None = self._masked(x) if maskable and not shared else None
-        if inputs is None:
-            inputs = x.detach()[:: self.draws].contiguous() if shared else x.detach()
+        masked = self._dropped.operand(x) if self._dropped is not None and maskable and not shared else None
+        inputs = masked or (x.detach()[:: self.draws].contiguous() if shared else x.detach())
         edge = get_gradient_edge(y)
         self.uses.append(Use(weight_name, bias_name, edge, inputs, shared, weight_part, bias_part, paired, y.dtype))
         return y

@@ -75,9 +75,9 @@ def _compiled(operands: tuple[FirstOperand, ...], others: tuple[Tensor, ...], su
     return device_of(*factors, *others) is not None
 
 
-def _widest(width: int, A: FirstOperand) -> int:
-    """Numbers a row of what a tile makes: of a product or, where that is wider, of masked rows."""
-    return max(width, A.shape[2]) if isinstance(A, Masked) else width
+def _made(width: int, A: FirstOperand) -> int:
+    """Numbers a row that a tile makes: of what is ``width`` wide, and of masked rows."""
+    return width + A.shape[2] if isinstance(A, Masked) else width
 
 
 @torch.no_grad()
@@ -118,7 +118,7 @@ def project(A: FirstOperand, B: Tensor, V: Tensor, out: Tensor) -> None:
         left, right, V = B, A, V.transpose(1, 2)
     steps, units = right.shape[1:]
     together = max(1, min(V.shape[0], 2048 // max(1, units)))
-    rows = max(1, tiles.tile_rows(_widest(together * units, A), dtype.itemsize, B.device) // steps)
+    rows = max(1, tiles.tile_rows(_made(together * units, A), dtype.itemsize, B.device) // steps)
     space = tiles.Workspace(min(rows, left.shape[0]) * steps * together * units, dtype, B.device)
     packing = tiles.packing_space(A, rows, dtype)
     for first in range(0, V.shape[0], together):
@@ -169,7 +169,7 @@ def accumulate(A: FirstOperand, B: Tensor, S: Tensor, out: Tensor) -> None:
         return
     # Sums that are parts of wider rows are no one matrix: then a product for each.
     together = max(1, min(S.shape[1], 2048 // max(1, units))) if out.is_contiguous() else 1
-    rows = max(1, tiles.tile_rows(_widest(together * units, A), dtype.itemsize, B.device) // steps)
+    rows = max(1, tiles.tile_rows(_made(together * units, A), dtype.itemsize, B.device) // steps)
     space = tiles.Workspace(min(rows, A.shape[0]) * steps * together * units, dtype, B.device)
     packing = tiles.packing_space(A, rows, dtype)
     for first in range(0, S.shape[1], together):
