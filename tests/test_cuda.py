@@ -174,12 +174,16 @@ def passes(dtype, device=DEVICE):
 
     def run():
         masked = kernels.apply_mask(x, streams, **KEY)
+        shared = kernels.apply_mask(x[:8], streams[:37], group=5, skip=3, **KEY)
+        operand = kernels.Masked(A, torch.arange(len(B), device=device), **KEY)
+        dots = torch.zeros(len(B), len(V), dtype=sums(dtype), device=device)
+        kernels.project(operand, B, V, dots)
         v, T = w.clone(), Q.clone()
         result = kernels.orthogonalize_async(Q, v)
         kernels.rotate(T, R)
         probes = [kernels.probe(torch.empty_like(w), seed=1, index=2, kind=kind) for kind in ("rademacher", "normal")]
         keep = kernels.keep_mask(streams, 100, **KEY)
-        return [*all_factor_kernels(A, B, V, S), masked, keep, v, result, T, *probes]
+        return [*all_factor_kernels(A, B, V, S), masked, shared, dots, keep, v, result, T, *probes]
 
     return inputs, run
 

@@ -116,6 +116,9 @@ def test_padding_between_aligned_rows_is_neither_read_nor_written(dtype, cols):
     x, masked = padded(6, cols), padded(6, cols)
     kernels.apply_mask(x, streams, out=masked, **KEY)
     assert torch.equal(masked, reference.apply_mask(dense(x), streams, **KEY))
+    shared = {"group": 3, "skip": 1, **KEY}
+    kernels.apply_mask(x[:3], streams, out=masked, **shared)
+    assert torch.equal(masked, reference.apply_mask(dense(x)[:3], streams, **shared))
     basis, w, R = padded(6, cols), torch.randn(cols).to(dtype), torch.randn(6, 4, dtype=torch.float64)
     rotated = dense(basis)
     c = kernels.orthogonalize(basis, w.clone(), force=True)[0]
