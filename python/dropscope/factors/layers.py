@@ -216,7 +216,9 @@ class Recorder:
             y = function(x[:: self.draws], weight, bias).repeat_interleave(self.draws, 0)
         else:
             y = function(x, weight, bias)
-        masked = self._dropped.operand(x) if self._dropped is not None and maskable and not shared else None
+        masked = None
+        if maskable and not shared and self._dropped is not None and x.dtype == y.dtype == weight.dtype:  # no autocast
+            masked = self._dropped.operand(x)
         inputs = masked or (x.detach()[:: self.draws].contiguous() if shared else x.detach())
         edge = get_gradient_edge(y)
         self.uses.append(Use(weight_name, bias_name, edge, inputs, shared, weight_part, bias_part, paired, y.dtype))
