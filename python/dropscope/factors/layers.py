@@ -55,12 +55,13 @@ class Dropped:
     def operand(self, x: Tensor) -> Masked | None:
         """The operand of a layer whose input is what came out, perhaps in another shape; None if it is not."""
         same = x.data_ptr() == self.out.data_ptr() and x.numel() == self.out.numel()
-        if not same or x.ndim < 2 or not (x.is_contiguous() and self.out.is_contiguous()):
+        if not same or not x.numel() or not (x.is_contiguous() and self.out.is_contiguous()):
             return None
         if self.rows is None and (self.x._version, self.out._version) == self.versions:
             # A copy: what was masked may be changed in place later.
-            self.rows = self.x[:: self.draws].clone(memory_format=torch.contiguous_format).flatten(1)
-        if self.rows is None or self.out._version != self.versions[1]:
+            rows = self.x.reshape(len(self.mask[0]), -1)[:: self.draws]
+            self.rows = rows.clone(memory_format=torch.contiguous_format)
+        if self.rows is None or self.out._version != self.versions[1] or self.rows.shape[1] % x.shape[-1]:
             return None
         return Masked(self.rows.view(len(self.rows), -1, x.shape[-1]), *self.mask)
 
