@@ -1,11 +1,11 @@
 """The CUDA kernels against the ceilings of the device: a copy, a read of the basis, the library's own products.
 
-Registered where a device and a build with nvcc are. Times are CUDA events around calls that are put on the stream one
-after another, so they are the device's, as long as it and not the host is the slower.
+Registered where a device and a build with nvcc are.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,18 +17,75 @@ from dropscope import _core, kernels, reference
 
 KEY = {"seed": 2024, "site": 7, "threshold": 52429}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRECISIONS = (
+    ("float32", torch.float32, "highest"),
+    ("TF32", torch.float32, "high"),
+    ("bfloat16", torch.bfloat16, "highest"),
+)
 
 
-def device_clock(call: Callable[[], Any], repeats: int) -> tuple[float, Any]:
-    """Seconds of the device's per call, and the answer of the last."""
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(repeats):
-        answer = call()
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop) / 1e3 / repeats, answer
+class DeviceClock:
+    """Seconds of the device's per call: replays of a graph that holds the call, between two events.
+
+    Launched one by one, calls of some 10 us would show the time of the host instead.
+    """
+
+    def __init__(self) -> None:
+        self.graphs: dict[int, tuple[Callable[[], Any], torch.cuda.CUDAGraph | None, Any]] = {}
+
+    def __call__(self, call: Callable[[], Any], repeats: int) -> tuple[float, Any]:
+        _, graph, answer = self._captured(call)
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(repeats):
+            if graph is None:
+                answer = call()
+            else:
+                graph.replay()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) / 1e3 / repeats, answer
+
+    def _captured(self, call: Callable[[], Any]) -> tuple[Callable[[], Any], torch.cuda.CUDAGraph | None, Any]:
+        if id(call) not in self.graphs:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # libraries make their workspaces, kernels are loaded
+                call()
+            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.synchronize()
+            graph: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph()
+            answer = None
+            try:
+                with torch.cuda.graph(graph):
+                    answer = call()
+            except RuntimeError as error:
+                print(f"not captured, so timed with the host's launches: {error}", file=sys.stderr)
+                graph = None
+                torch.cuda.synchronize()
+            self.graphs[id(call)] = call, graph, answer
+        return self.graphs[id(call)]
+
+
+def ceilings() -> dict[str, float]:
+    """What this device does at most: bytes moved by a copy of 4 GiB, and products of random matrices of 8192."""
+    rates: dict[str, float] = {}
+    x = torch.empty(2**30, device="cuda").normal_()
+    y = torch.empty_like(x)
+    rates["copy, GB/s"] = 2 * x.numel() * 4 / _fastest(lambda: y.copy_(x)) / 1e9
+    rates["read, GB/s"] = x.numel() * 4 / _fastest(lambda: x.view(torch.int64).amax()) / 1e9
+    for name, dtype, precision in PRECISIONS:
+        torch.set_float32_matmul_precision(precision)
+        a, b = (torch.empty(8192, 8192, dtype=dtype, device="cuda").normal_() for _ in range(2))
+        rates[f"{name} products, TFLOP/s"] = 2 * 8192**3 / _fastest(lambda a=a, b=b: a @ b) / 1e12
+    torch.set_float32_matmul_precision("highest")
+    return {name: round(rate, 1) for name, rate in rates.items()}
+
+
+def _fastest(call: Callable[[], Any]) -> float:
+    clock = DeviceClock()
+    return min(clock(call, 5)[0] for _ in range(5))
 
 
 def masks(units: int, dtype: torch.dtype) -> Contest:
@@ -47,7 +104,7 @@ def masks(units: int, dtype: torch.dtype) -> Contest:
         competitors={"F.dropout": lambda: F.dropout(x, 0.2)},
         ceiling=("copy", lambda: out.copy_(x)),
         check=check,
-        clock=device_clock,
+        clock=DeviceClock(),
     )
 
 
@@ -82,11 +139,11 @@ def orthogonalization(m: int, dim: int, dtype: torch.dtype, force: bool) -> Cont
         return [bits.amax() for _ in range(1 + force)]  # a reduction that keeps one number reads as fast as it can
 
     ours = lambda: kernels.orthogonalize_async(Q, w, force=force)  # noqa: E731
-    return Contest(ours, check, {"torch products": products}, ("reading the basis", read), clock=device_clock)
+    return Contest(ours, check, {"torch products": products}, ("reading the basis", read), clock=DeviceClock())
 
 
 def factors(kind: str, dtype: torch.dtype, precision: str, N: int, steps: int, widths: tuple[int, int]) -> Contest:
-    torch.set_float32_matmul_precision(precision)  # each contest has a process of its own
+    torch.set_float32_matmul_precision(precision)  # for all of the contest, which is timed before the next is built
     d_in, d_out = widths
     A = torch.empty(N, steps, d_in, dtype=dtype, device="cuda").normal_()
     B = torch.empty(N, steps, d_out, dtype=dtype, device="cuda").normal_()
@@ -133,7 +190,7 @@ def factors(kind: str, dtype: torch.dtype, precision: str, N: int, steps: int, w
         return f"relative error {error:.0e}"
 
     others = {"plain torch": plain} if steps == 1 or kind != "gram" else {}
-    return Contest(lambda: runs[kind](out), check, others, ("bare products", bare[kind]), clock=device_clock)
+    return Contest(lambda: runs[kind](out), check, others, ("bare products", bare[kind]), clock=DeviceClock())
 
 
 def register(name: str, work: str, within: float, build: Callable[[], Contest]) -> None:
@@ -152,11 +209,7 @@ def register_all() -> None:
                 work = f"orthogonalize on a device, {m} vectors of {dim:.0e}, {label}, {1 + force} read(s)"
                 build = lambda m=m, n=dim, d=dtype, f=force: orthogonalization(m, n, d, f)  # noqa: E731
                 register(f"orthogonalize_{m}_{dim:.0e}_{label}_{1 + force}".replace("+", ""), work, 1 / 0.85, build)
-    for label, dtype, precision in (
-        ("float32", torch.float32, "highest"),
-        ("TF32", torch.float32, "high"),
-        ("bfloat16", torch.bfloat16, "highest"),
-    ):
+    for label, dtype, precision in PRECISIONS:
         for kind, N, steps in (
             ("gram", 16384, 1),
             ("project", 65536, 1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -279,3 +280,34 @@ def test_the_suite_gives_groups_with_a_record_for_each_member(tmp_path: Path):
         "bench_toys:wrong": "failed",
         "bench_toys:impossible": "skipped",
     }
+
+
+def test_a_step_on_a_device_ends_with_its_budget_and_loses_no_output(tmp_path: Path):
+    from bench.on_device import Session, tested
+
+    session = Session(tmp_path, 8.0)
+    step = session.run("slow", [sys.executable, "-c", "import time; print('begun'); time.sleep(60)"], 60)
+    assert step.status.startswith("failed: no end after")
+    assert step.output == "begun\n"
+    late = session.run("late", [sys.executable, "-c", ""], 60)
+    assert late.status == "skipped: no time left"
+    log = (tmp_path / "log.txt").read_text()
+    assert "=== slow" in log
+    assert "begun" in log
+    session = Session(tmp_path, 60.0)
+    assert session.run("wrong", [sys.executable, "-c", "exit(3)"], 60).status == "failed: exit status 3"
+    assert tested(session.run("empty", [sys.executable, "-c", "print('2 skipped')"], 60)).status.endswith("no test ran")
+    assert tested(session.run("full", [sys.executable, "-c", "print('= 2 passed')"], 60)).passed
+
+
+def test_contests_of_a_device_go_on_after_the_one_that_ended_the_process(tmp_path: Path):
+    from bench import device_rows, page
+    from bench.harness import Row
+
+    entries = [entry_of(object()) for _ in range(2)]
+    entries = [dataclasses.replace(entry, build=build) for entry, build in zip(entries, (print, len), strict=True)]
+    results = tmp_path / "rows.json"
+    assert device_rows.left(entries, results) == entries
+    page.keep(Row(entries[0].name, entries[0].work, device_rows.LOST), {"device": "none"}, results)
+    assert device_rows.left(entries, results) == entries[1:]
+    assert "failed: the process ended" in page.table(page.read(results)[1])

@@ -1,13 +1,16 @@
 """Every measurement on a device that is not the CPU: no tensor is made on the wrong one, and the numbers are the CPU's.
 
-Run by ../test_other_device.py. What is compared are numbers that do not depend on signs of eigenvectors.
+Run by ../test_other_device.py on a pretended device, and by ``python -m bench.on_device`` on the one that
+DROPSCOPE_OTHER_DEVICE names. What is compared are numbers that do not depend on signs of eigenvectors.
 """
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
+
 import pytest
 import torch
-from pretended import DEVICE, Elsewhere, inside, moved, pretending
 from torch import nn
 
 import dropscope as ds
@@ -15,8 +18,15 @@ from cases import CASES, Case
 from dropscope import analyses, training
 from dropscope.problem import Problem
 
-# An LSTM on a device takes fused cells that the CPU has not.
-MODELS = [name for name in CASES if not name.startswith("lstm")]
+if name := os.environ.get("DROPSCOPE_OTHER_DEVICE"):
+    DEVICE, MODELS = torch.device(name, 0), list(CASES)
+    pretending, Elsewhere, inside = nullcontext, lambda x: x.to(DEVICE), lambda x: x.cpu()
+    moved = Elsewhere
+else:
+    from pretended import DEVICE, Elsewhere, inside, moved, pretending
+
+    # An LSTM on a device takes fused cells that the CPU has not.
+    MODELS = [name for name in CASES if not name.startswith("lstm")]
 
 
 def problem(device, name="mlp", dtype=torch.float64, **options):
