@@ -75,7 +75,7 @@ class Session:
             log.write(f"\n=== {name}: {text}\n".encode())
             log.flush()
             begin = log.tell()
-            status = "skipped: no time left" if timeout < 5 else _status(command, log, timeout, env)
+            status = "skipped: no time left" if self.left < 5 else _status(command, log, timeout, env)
         with self.log.open("rb") as log:
             log.seek(begin)
             output = log.read().decode(errors="replace")

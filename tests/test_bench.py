@@ -285,16 +285,15 @@ def test_the_suite_gives_groups_with_a_record_for_each_member(tmp_path: Path):
 def test_a_step_on_a_device_ends_with_its_budget_and_loses_no_output(tmp_path: Path):
     from bench.on_device import Session, tested
 
-    session = Session(tmp_path, 8.0)
-    step = session.run("slow", [sys.executable, "-c", "import time; print('begun'); time.sleep(60)"], 60)
+    session = Session(tmp_path, 60.0)
+    step = session.run("slow", [sys.executable, "-c", "import time; print('begun'); time.sleep(60)"], 2)
     assert step.status.startswith("failed: no end after")
     assert step.output == "begun\n"
-    late = session.run("late", [sys.executable, "-c", ""], 60)
+    late = Session(tmp_path, 6.0).run("late", [sys.executable, "-c", ""], 60)
     assert late.status == "skipped: no time left"
     log = (tmp_path / "log.txt").read_text()
     assert "=== slow" in log
     assert "begun" in log
-    session = Session(tmp_path, 60.0)
     assert session.run("wrong", [sys.executable, "-c", "exit(3)"], 60).status == "failed: exit status 3"
     assert tested(session.run("empty", [sys.executable, "-c", "print('2 skipped')"], 60)).status.endswith("no test ran")
     assert tested(session.run("full", [sys.executable, "-c", "print('= 2 passed')"], 60)).passed
