@@ -11,12 +11,12 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from dropscope import plots
+from dropscope import plots, spectral
 from dropscope.analyses import hessian_variance, interval_flatness, variance_flatness
 from dropscope.estimate import Estimate
 from dropscope.operators.base import SymmetricOperator
 from dropscope.plot_style import style
-from dropscope.spectral import SpectralDensity, eigsh, spectral_density
+from dropscope.spectral import DiagonalEstimate, SpectralDensity, eigsh, spectral_density
 from test_analyses import bowl
 
 F64 = torch.float64
@@ -43,6 +43,12 @@ def estimates(count: int = 6) -> list[Estimate]:
     ]
 
 
+def entries(count: int) -> DiagonalEstimate:
+    """Of a diagonal plus a constant, so that estimates from fewer products than entries have errors."""
+    scale = torch.linspace(-1.0, 3.0, count, dtype=F64)
+    return spectral.diagonal(SymmetricOperator.from_callable(lambda v: scale * v + 0.1 * v.sum(), count, F64), 40)
+
+
 FIGURES = {
     "hessian_variance": lambda: plots.hessian_variance(relation()),
     "hessian_variance of several": lambda: plots.hessian_variance({"a": relation(), "b": relation()}),
@@ -51,6 +57,11 @@ FIGURES = {
         interval_flatness(bowl([1.0, 9.0, 0.0]), torch.eye(3, dtype=F64))
     ),
     "eigenpairs": lambda: plots.eigenpairs(eigsh(diagonal(SCALE - 1.0), 5)),
+    "diagonal": lambda: plots.diagonal(entries(300)),
+    "diagonal, exact": lambda: plots.diagonal(entries(5)),
+    "diagonal of zeros": lambda: plots.diagonal(
+        DiagonalEstimate(torch.zeros(1, dtype=F64), torch.zeros(1), math.inf, 1)
+    ),
     "noise_eigenvalues": lambda: plots.noise_eigenvalues(estimates()),
     "noise_split": lambda: plots.noise_split([2.0, 0.5, 0.1], estimates(3), estimates(3)),
     "alignment": lambda: plots.alignment([2.0, 0.1], [relation(), relation()]),
@@ -99,6 +110,19 @@ def test_bars_are_the_95_percent_intervals() -> None:
     segments = axes.collections[0].get_segments()
     for segment, estimate in zip(segments, estimates(), strict=True):
         assert tuple(segment[:, 1]) == pytest.approx(estimate.interval(0.95))
+
+
+def test_a_diagonal_is_drawn_in_descending_order_with_its_intervals() -> None:
+    found = entries(300)
+    axes = found.plot().axes[0]
+    ranks, drawn = axes.lines[0].get_data()
+    order = found.values.argsort(descending=True)[torch.as_tensor(ranks) - 1]
+    assert (ranks[0], ranks[-1]) == (1, 300)
+    np.testing.assert_array_equal(drawn, found.values[order])
+    band = axes.collections[0].get_paths()[0].vertices
+    low, high = found.interval()
+    assert band[:, 1].min() == pytest.approx(float(low[order].min()))
+    assert band[:, 1].max() == pytest.approx(float(high[order].max()))
 
 
 def test_density_on_the_asinh_axis_keeps_the_mass() -> None:

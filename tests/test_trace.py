@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from cases import Matrix
-from dropscope.spectral import diagonal, trace
+from dropscope import _files
+from dropscope.spectral import DiagonalEstimate, diagonal, trace
 
 i = torch.arange(150, dtype=torch.float64)
 SPECTRA = {
@@ -123,8 +124,21 @@ def test_diagonal_is_exact_for_diagonal_matrices_and_enough_products(dtype: torc
     assert torch.equal(found.interval()[0], found.values)
 
 
-def test_diagonal_is_saved(tmp_path: Path) -> None:
-    assert diagonal(Matrix(rotated(SPECTRA["power"])), 4).save(tmp_path / "d.safetensors").exists()
+@pytest.mark.parametrize("matvecs", [4, 1000])
+def test_diagonal_is_saved_and_read_back(matvecs: int, tmp_path: Path) -> None:
+    """Also the infinite degrees of freedom of an exact one."""
+    found = diagonal(Matrix(rotated(SPECTRA["power"])), matvecs)
+    back = DiagonalEstimate.load(found.save(tmp_path / "d.safetensors"))
+    assert torch.equal(back.values, found.values)
+    assert torch.equal(back.stderr, found.stderr)
+    assert (back.dof, back.matvecs) == (found.dof, found.matvecs)
+    assert math.isinf(found.dof) == (matvecs == 1000)
+
+
+def test_diagonal_is_not_read_from_another_file(tmp_path: Path) -> None:
+    path = _files.write_arrays(tmp_path / "x", {"values": torch.ones(2)}, {"kind": "eigenpairs"})
+    with pytest.raises(ValueError, match=r"DiagonalEstimate.load: path must be a file that save wrote"):
+        DiagonalEstimate.load(path)
 
 
 @pytest.mark.parametrize(

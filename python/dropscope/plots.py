@@ -39,7 +39,7 @@ from dropscope.plot_style import (
 if TYPE_CHECKING:
     from dropscope.analyses import HessianVariance, IntervalFlatness, NoiseTrace, VarianceFlatness
     from dropscope.estimate import Estimate
-    from dropscope.spectral import Eigenpairs, SpectralDensity
+    from dropscope.spectral import DiagonalEstimate, Eigenpairs, SpectralDensity
 
 
 @styled
@@ -130,6 +130,31 @@ def eigenpairs(pairs: Eigenpairs) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("index")
     axes.set_ylabel(r"eigenvalue (bars: residual norm)")
+    return figure
+
+
+@styled
+def diagonal(result: DiagonalEstimate) -> Figure:
+    """Entries in descending order of the estimates, each with its own 95 % interval.
+
+    Of many entries, ranks evenly spaced in the logarithm from both ends; linear below the typical error.
+    """
+    figure, axes = single(5.4, 3.6)
+    values, count = result.values.numpy(), len(result.values)
+    low, high = (end.numpy() for end in result.interval())
+    ends = np.geomspace(1, count, min(count, 400)).round().astype(int)
+    ranks = np.unique(np.concatenate([ends, count + 1 - ends]))
+    shown = values.argsort()[::-1][ranks - 1]
+    axes.fill_between(ranks, low[shown], high[shown], color=BLUE, alpha=0.25, linewidth=0, label="95 % of each entry")
+    axes.plot(ranks, values[shown], color=BLUE, marker="." if count < 50 else None)
+    scale = max(float(np.median(result.stderr.numpy())), 1e-3 * float(np.abs(values).max()))
+    if scale > 0.0:
+        axes.set_yscale("symlog", linthresh=scale)
+    if count > 20:
+        axes.set_xscale("log")
+    axes.set_xlabel("rank of the entry")
+    axes.set_ylabel(r"diagonal entry $A_{ii}$")
+    axes.legend(loc="best")
     return figure
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from dropscope.analyses.saving import save_result
+from dropscope.analyses.saving import Result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,7 +17,7 @@ _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
-class Condensation:
+class Condensation(Result):
     """Orientations and amplitudes of a layer's neurons (the filters of a convolution).
 
     Attributes:
@@ -72,10 +70,6 @@ class Condensation:
         """The cosine of every neuron with the one of largest amplitude, (m,)."""
         cosine: Tensor = self.directions @ self.directions[self.amplitudes.argmax()]
         return cosine
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the result; the ending chooses JSON or safetensors."""
-        return save_result(path, self)
 
     def plot(self) -> Figure:
         """Return a figure: amplitude against orientation, and the matrix of cosines."""

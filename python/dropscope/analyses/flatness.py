@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Generator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -14,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dropscope.analyses.displaced_risks import DisplacedRisks
-from dropscope.analyses.saving import save_result
+from dropscope.analyses.saving import Result
 from dropscope.problem import Problem
 
 if TYPE_CHECKING:
@@ -31,7 +29,7 @@ REMEDIES: dict[str, str] = {
 
 
 @dataclass(frozen=True)
-class IntervalFlatness:
+class IntervalFlatness(Result):
     """F_v = δ₊ + δ₋ with R(θ₀ + δ₊v) = R(θ₀ - δ₋v) = level, for each direction v.
 
     Attributes:
@@ -68,10 +66,6 @@ class IntervalFlatness:
     def remedy(self) -> str:
         """What the status means and what to do about it."""
         return REMEDIES[self.status]
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the result; the ending chooses JSON or safetensors."""
-        return save_result(path, self)
 
     def plot(self) -> Figure:
         """Return a figure: distance to the level on both sides of each direction."""

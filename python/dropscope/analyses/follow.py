@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
@@ -13,7 +11,7 @@ from tqdm.auto import tqdm
 from dropscope.analyses.alignment import Alignment
 from dropscope.analyses.hessian_variance import HessianVariance, hessian_variance
 from dropscope.analyses.noise_source import Noise
-from dropscope.analyses.saving import save_result
+from dropscope.analyses.saving import Result
 from dropscope.analyses.variance_flatness import VarianceFlatness, variance_flatness
 from dropscope.estimate import Estimate
 from dropscope.operators.base import SymmetricOperator
@@ -101,7 +99,7 @@ def noise_structure(
 
 
 @dataclass(frozen=True)
-class NoiseTrace:
+class NoiseTrace(Result):
     """What :func:`follow` measured, a moment after the other.
 
     Attributes:
@@ -134,10 +132,6 @@ class NoiseTrace:
             row["sharpness"] = float(moment.curvature.eigenvalues[0])
             rows.append(row)
         return rows
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the result; the ending chooses JSON or safetensors."""
-        return save_result(path, self)
 
     def plot(self) -> Figure:
         """Return a figure: Tr(HΣ) and its isotropic null, and the cosine with its same-spectrum null, over steps."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor
 from dropscope.analyses.alignment import Alignment, MaskError, measure_alignment
 from dropscope.analyses.noise_source import Noise, NoiseSource, check_pairs, noise_source
 from dropscope.analyses.power_law import PowerLaw, fit_power_law
-from dropscope.analyses.saving import save_result
+from dropscope.analyses.saving import Result
 from dropscope.estimate import Estimate, EstimateStatus
 from dropscope.operators.base import SymmetricOperator
 
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class HessianVariance:
+class HessianVariance(Result):
     """Noise along the eigenvectors of the Hessian, and how the two matrices align.
 
     Attributes:
@@ -70,10 +68,6 @@ class HessianVariance:
                 }
             )
         return rows
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the result; the ending chooses JSON or safetensors."""
-        return save_result(path, self)
 
     def plot(self) -> Figure:
         """Return a figure: variance of the noise against curvature, with the power law."""

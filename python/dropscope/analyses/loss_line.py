@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from dropscope.analyses.displaced_risks import DisplacedRisks
-from dropscope.analyses.saving import save_result
+from dropscope.analyses.saving import Result
 from dropscope.problem import Problem
 
 if TYPE_CHECKING:
@@ -23,7 +21,7 @@ Solution = Tensor | Mapping[str, Tensor] | nn.Module
 
 
 @dataclass(frozen=True)
-class LossLine:
+class LossLine(Result):
     """Risk along lines through the current parameters.
 
     Attributes:
@@ -46,10 +44,6 @@ class LossLine:
         if not self.between or not len(a) or float(a[0]) != 0.0 or float(a[-1]) != 1.0:
             return float("nan")
         return max(0.0, float((losses - (1.0 - a) * losses[0] - a * losses[-1]).max()))
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the result; the ending chooses JSON or safetensors."""
-        return save_result(path, self)
 
     def plot(self) -> Figure:
         """Return a figure: risk against α."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor
 
 from dropscope.analyses.displaced_risks import DisplacedRisks
 from dropscope.analyses.loss_line import Normalise, Solution, random_directions, towards
-from dropscope.analyses.saving import save_result
+from dropscope.analyses.saving import Result
 from dropscope.problem import Problem
 
 if TYPE_CHECKING:
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LossPlane:
+class LossPlane(Result):
     """Risk on a plane through the current parameters.
 
     Attributes:
@@ -36,10 +34,6 @@ class LossPlane:
     losses: Tensor
     normalise: str
     between: bool
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the result; the ending chooses JSON or safetensors."""
-        return save_result(path, self)
 
     def plot(self) -> Figure:
         """Return a figure: contours of the risk."""

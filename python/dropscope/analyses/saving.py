@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +12,29 @@ import torch
 from dropscope import _files
 
 
-def save_result(path: str | os.PathLike[str], result: Any) -> Path:
-    """Write a result dataclass.
+@dataclass(frozen=True, repr=False, eq=False)
+class Result:
+    """What an analysis returns: a frozen dataclass that can be written."""
 
-    Args:
-        path: ``.json`` for readable numbers, ``.safetensors`` for tensors at full precision with the rest as
-            metadata.
-        result: the dataclass.
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the result.
 
-    Returns:
-        The path.
+        Args:
+            path: ``.json`` for readable numbers, ``.safetensors`` for tensors at full precision with the rest as
+                metadata.
 
-    Raises:
-        ValueError: if the ending is another one.
-    """
-    suffix = Path(path).suffix
-    content: dict[str, Any] = {"type": type(result).__name__}
-    content |= {item.name: getattr(result, item.name) for item in fields(result)}
-    if suffix == ".json":
-        return _files.write_json(path, content)
-    if suffix == ".safetensors":
-        arrays = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
-        return _files.write_arrays(path, arrays, {k: v for k, v in content.items() if k not in arrays})
-    raise ValueError(f"save: path must end in .json or .safetensors, got {str(path)!r}")
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: if the ending is another one.
+        """
+        suffix = Path(path).suffix
+        content: dict[str, Any] = {"type": type(self).__name__}
+        content |= {item.name: getattr(self, item.name) for item in fields(self)}
+        if suffix == ".json":
+            return _files.write_json(path, content)
+        if suffix == ".safetensors":
+            arrays = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+            return _files.write_arrays(path, arrays, {k: v for k, v in content.items() if k not in arrays})
+        raise ValueError(f"save: path must end in .json or .safetensors, got {str(path)!r}")

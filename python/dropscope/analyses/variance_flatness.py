@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor
 from dropscope.analyses.flatness import IntervalFlatness, interval_flatness
 from dropscope.analyses.noise_source import Noise, check_pairs, embed, noise_source
 from dropscope.analyses.power_law import PowerLaw, fit_power_law
-from dropscope.analyses.saving import save_result
+from dropscope.analyses.saving import Result
 from dropscope.estimate import Estimate, EstimateStatus
 from dropscope.problem import Problem
 
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class VarianceFlatness:
+class VarianceFlatness(Result):
     """Variance of the noise along its own principal directions against the interval flatness there.
 
     Attributes:
@@ -61,10 +59,6 @@ class VarianceFlatness:
             }
             for i, (variance, flatness, left, right) in enumerate(rows)
         ]
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the result; the ending chooses JSON or safetensors."""
-        return save_result(path, self)
 
     def plot(self) -> Figure:
         """Return a figure: variance against interval flatness, log–log, with the fitted law."""

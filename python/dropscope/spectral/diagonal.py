@@ -6,6 +6,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from scipy import stats
@@ -16,6 +17,9 @@ from dropscope import _files
 from dropscope.operators.base import SymmetricOperator
 from dropscope.spectral.checks import check_count, check_operator, check_seed
 from dropscope.spectral.trace import exact_diagonal, random_blocks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,7 +63,7 @@ class DiagonalEstimate:
         )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write values and errors as safetensors.
+        """Write values and errors as safetensors; :meth:`load` reads them back.
 
         Args:
             path: where to write.
@@ -69,6 +73,31 @@ class DiagonalEstimate:
         """
         rest = {"kind": "diagonal", "dof": self.dof, "matvecs": self.matvecs}
         return _files.write_arrays(path, {"values": self.values, "stderr": self.stderr}, rest)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> DiagonalEstimate:
+        """Read what :meth:`save` wrote.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The diagonal.
+
+        Raises:
+            ValueError: if the file holds something else.
+        """
+        arrays, rest = _files.read_arrays(path)
+        if rest.get("kind") != "diagonal":
+            raise ValueError(f"DiagonalEstimate.load: path must be a file that save wrote, got {os.fspath(path)!r}")
+        dof = math.inf if rest["dof"] is None else rest["dof"]  # JSON has no infinity
+        return cls(arrays["values"], arrays["stderr"], dof, rest["matvecs"])
+
+    def plot(self) -> Figure:
+        """Draw the entries in descending order with their 95 % intervals."""
+        from dropscope import plots
+
+        return plots.diagonal(self)
 
 
 def diagonal(A: SymmetricOperator, matvecs: int = 60, seed: int = 0, progress: bool = False) -> DiagonalEstimate:

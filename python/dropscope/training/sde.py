@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -15,7 +13,7 @@ from torch.func import vmap
 from tqdm.auto import tqdm
 
 from dropscope.analyses.power_law import PowerLaw, fit_power_law
-from dropscope.analyses.saving import save_result
+from dropscope.analyses.saving import Result
 from dropscope.estimate import Estimate
 from dropscope.masks import Sharing
 from dropscope.modes import twice_differentiable
@@ -31,7 +29,7 @@ _CHUNK_BYTES = 1 << 25  # of one (paths, masks, samples, units) tensor
 
 
 @dataclass(frozen=True)
-class Paths:
+class Paths(Result):
     """Paths of a stochastic process at time T.
 
     Attributes:
@@ -58,10 +56,6 @@ class Paths:
             return values[0], torch.full((values.shape[1],) * 2, math.nan, dtype=torch.float64)
         return values.mean(0), torch.cov(values.T).reshape((values.shape[1],) * 2) / len(values)
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the result; the ending chooses JSON or safetensors."""
-        return save_result(path, self)
-
     def plot(self) -> Figure:
         """Return a figure: the recorded risk, mean and spread over the paths."""
         from dropscope import plots_losses
@@ -73,7 +67,7 @@ class Paths:
 
 
 @dataclass(frozen=True)
-class WeakErrors:
+class WeakErrors(Result):
     """How far the mean of a modified equation is from that of dropout's gradient descent, against the learning rate.
 
     Attributes:
@@ -87,10 +81,6 @@ class WeakErrors:
     epsilons: tuple[float, ...]
     errors: tuple[Estimate, ...]
     law: PowerLaw
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the result; the ending chooses JSON or safetensors."""
-        return save_result(path, self)
 
     def plot(self) -> Figure:
         """Return a figure: error against learning rate, log–log, with the fitted law."""
