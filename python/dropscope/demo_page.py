@@ -167,7 +167,12 @@ def page(checkpoints: Sequence[Checkpoint], settings: Settings, made: dict[str, 
         f"trained on {settings.samples} of scikit-learn's handwritten digits, measured {len(checkpoints)} times "
         "between initialisation and interpolation. The loss is the cross-entropy in nats.",
         headlines=headlines(checkpoints, settings),
-        sections=[noise, *plates(checkpoints, settings), relation],
+        sections=[
+            noise,
+            *relation_plates(checkpoints, settings),
+            *spectral_plates(checkpoints, settings),
+            relation,
+        ],
         notes=[
             "Σ is the covariance, over dropout masks, of the full-batch gradient at fixed parameters and data. The "
             "masks of different samples are independent, so Σ = n⁻² Σᵢ Cov(gᵢ), estimated without bias from "
@@ -204,11 +209,10 @@ def headlines(checkpoints: Sequence[Checkpoint], settings: Settings) -> list[Hea
     ]  # fmt: skip
 
 
-def plates(checkpoints: Sequence[Checkpoint], settings: Settings) -> list[Plate]:
-    """The figures."""
+def relation_plates(checkpoints: Sequence[Checkpoint], settings: Settings) -> list[Plate]:
+    """The figures of noise against curvature and flatness."""
     from dropscope import plots
 
-    risks = [c.risk for c in checkpoints]
     k = settings.pairs
     return [
         Plate(
@@ -227,13 +231,23 @@ def plates(checkpoints: Sequence[Checkpoint], settings: Settings) -> list[Plate]
         ),
         Plate(
             "How strongly noise and curvature align",
-            plots.alignment(risks, [c.relation for c in checkpoints]),
+            plots.alignment([c.risk for c in checkpoints], [c.relation for c in checkpoints]),
             "Left: mean curvature along the noise against isotropic noise of the same trace. Right: cosine of H and Σ, "
             "and its mean when the spectra stay and the eigenvectors are random. Estimated from the eigenvectors "
             f"exactly and from {checkpoints[0].relation.alignment.probes} random vectors beyond. Bars: 95 % intervals, "
             "probes and masks together. Training runs to the right.",
             "wide",
         ),
+    ]
+
+
+def spectral_plates(checkpoints: Sequence[Checkpoint], settings: Settings) -> list[Plate]:
+    """The figures of the Hessian and of the noise, each by itself."""
+    from dropscope import plots
+
+    risks = [c.risk for c in checkpoints]
+    k = settings.pairs
+    return [
         Plate(
             "Spectral density of the Hessian",
             plots.spectral_density(

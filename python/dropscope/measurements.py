@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dropscope.analyses import hessian_variance, variance_flatness
+from dropscope.analyses import HessianVariance, VarianceFlatness, hessian_variance, variance_flatness
 from dropscope.estimate import Estimate
 from dropscope.operators.gradient_noise import GradientNoise
 from dropscope.operators.hessian import Hessian
@@ -149,27 +149,11 @@ def relation(problem: Problem, pairs: int, seed: int, draws: int, factor: float,
     with GradientNoise(problem, draws=draws, seed=seed, progress=progress) as measured:
         curvature = hessian_variance(H, measured, pairs, seed=seed, progress=progress)
         flatness = variance_flatness(problem, measured, pairs, factor, seed=seed, progress=progress)
-    a, law, inverse = curvature.alignment, curvature.law, flatness.law
+    relations, directions = _relation_tables(problem, curvature, flatness, draws)
     unsound = [] if bool(curvature.converged.all()) else ["Hessian eigenpairs: not all converged"]
     unsound += _heavy(_numbered("along curvature", curvature.variances))
     unsound += _heavy(_numbered("own direction", flatness.variances))
-    facts = [
-        ["exponent of Var ~ λ(H)^s", f"{with_error(law.slope)}, r = {number(law.r, 2)}"],
-        ["exponent of Var ~ F^s", f"{with_error(inverse.slope)}, r = {number(inverse.r, 2)}"],
-        ["Tr(HΣ) / Tr(HΣ̄)", with_error(a.ratio)],
-        ["cosine of H and Σ", with_error(a.cosine)],
-        ["the same by chance", with_error(a.null)],
-    ]
-    columns = ["", "curvature λ", "noise along it", "noise along its own", "flatness F"]
-    rows = [
-        [str(i + 1), number(row["eigenvalue"]), with_error(v), with_error(own), number(flat)]
-        for i, (row, v, own, flat) in enumerate(
-            zip(curvature.table(), curvature.variances, flatness.variances, flatness.flatness.flatness.tolist(),
-                strict=True)
-        )
-    ]  # fmt: skip
-    sections: list[Table | Plate] = [
-        Table("Relations", ["", "value ± standard error"], facts, f"{draws} masks for each of {problem.n} samples."),
+    plates = [
         Plate(
             "Noise against curvature",
             plots.hessian_variance(curvature),
@@ -180,30 +164,50 @@ def relation(problem: Problem, pairs: int, seed: int, draws: int, factor: float,
             plots.variance_flatness(flatness),
             f"Variance along the noise's eigenvectors against the distance over which the loss grows {factor:g} times.",
         ),
-        Table("By direction", columns, rows, "Largest first."),
     ]
     text = f"{problem!r}\nrisk {number(risk, 6)}\n\n"
-    text += "\n".join(f"{name:<30} {value}" for name, value in facts) + "\n\n" + text_table(columns, rows)
-    return Measured(
-        text,
-        {
-            "risk": risk,
-            "dim": problem.dim,
-            "samples": problem.n,
-            "estimates": plain_estimates(
-                {"exponent_curvature": law.slope, "exponent_flatness": inverse.slope, "ratio": a.ratio,
-                 "cosine": a.cosine, "null": a.null}
-            ),
-            "noise_along_curvature": curvature.table(),
-            "noise_against_flatness": flatness.table(),
-            "provenance": provenance(seed=seed, draws=draws),
-        },
-        {"eigenvalues": curvature.eigenvalues, "flatness.left": flatness.flatness.left,
-         "flatness.right": flatness.flatness.right},
-        Page("Noise, curvature and flatness", repr(problem), sections=sections,
-             provenance=provenance(seed=seed, draws=draws)),
-        unsound,
-    )  # fmt: skip
+    text += "\n".join(f"{name:<30} {value}" for name, value in relations.rows)
+    text += "\n\n" + text_table(directions.columns, directions.rows)
+    a, made = curvature.alignment, provenance(seed=seed, draws=draws)
+    estimates = {"exponent_curvature": curvature.law.slope, "exponent_flatness": flatness.law.slope}
+    content = {
+        "risk": risk,
+        "dim": problem.dim,
+        "samples": problem.n,
+        "estimates": plain_estimates(estimates | {"ratio": a.ratio, "cosine": a.cosine, "null": a.null}),
+        "noise_along_curvature": curvature.table(),
+        "noise_against_flatness": flatness.table(),
+        "provenance": made,
+    }
+    sides = {"flatness.left": flatness.flatness.left, "flatness.right": flatness.flatness.right}
+    page = Page("Noise, curvature and flatness", repr(problem), sections=[relations, *plates, directions],
+                provenance=made)  # fmt: skip
+    return Measured(text, content, {"eigenvalues": curvature.eigenvalues} | sides, page, unsound)
+
+
+def _relation_tables(
+    problem: Problem, curvature: HessianVariance, flatness: VarianceFlatness, draws: int
+) -> tuple[Table, Table]:
+    """The relations in numbers, and what they were fitted to."""
+    a, law, inverse = curvature.alignment, curvature.law, flatness.law
+    facts = [
+        ["exponent of Var ~ λ(H)^s", f"{with_error(law.slope)}, r = {number(law.r, 2)}"],
+        ["exponent of Var ~ F^s", f"{with_error(inverse.slope)}, r = {number(inverse.r, 2)}"],
+        ["Tr(HΣ) / Tr(HΣ̄)", with_error(a.ratio)],
+        ["cosine of H and Σ", with_error(a.cosine)],
+        ["the same by chance", with_error(a.null)],
+    ]
+    columns = ["", "curvature λ", "noise along it", "noise along its own", "flatness F"]
+    parts = zip(curvature.eigenvalues.tolist(), curvature.variances, flatness.variances,
+                flatness.flatness.flatness.tolist(), strict=True)  # fmt: skip
+    rows = [
+        [str(i + 1), number(value), with_error(along), with_error(own), number(flat)]
+        for i, (value, along, own, flat) in enumerate(parts)
+    ]
+    return (
+        Table("Relations", ["", "value ± standard error"], facts, f"{draws} masks for each of {problem.n} samples."),
+        Table("By direction", columns, rows, "Largest first."),
+    )
 
 
 def _check_pairs(problem: Problem, pairs: int) -> None:
