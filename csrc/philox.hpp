@@ -43,18 +43,6 @@ DROPSCOPE_HOST_DEVICE inline Words philox(uint32_t block, uint64_t stream, Philo
   return {{c0, c1, c2, c3}};
 }
 
-// Lane j (unit 8*block + j) is the low (even j) or high (odd j) half of word j/2.
-DROPSCOPE_HOST_DEVICE inline uint32_t lane(const Words& words, int j) {
-  return (words.w[j >> 1] >> (16 * (j & 1))) & 0xFFFF;
-}
-
-// Bit j: unit 8*block + j is kept.
-DROPSCOPE_HOST_DEVICE inline uint32_t keep_bits(const Words& words, uint32_t threshold) {
-  uint32_t bits = 0;
-  for (int j = 0; j < 8; ++j) bits |= static_cast<uint32_t>(lane(words, j) < threshold) << j;
-  return bits;
-}
-
 // Byte j of the result is bit j: bit j is singled out in byte j, then carried to the top of it.
 DROPSCOPE_HOST_DEVICE inline uint64_t spread(uint64_t byte) {
   const uint64_t single = byte * 0x0101010101010101u & 0x8040201008040201u;

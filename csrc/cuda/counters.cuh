@@ -8,9 +8,70 @@
 namespace dropscope {
 namespace {
 
-// The counters of a matrix: those of a row are its columns eight by eight. A warp's 32 are consecutive.
-inline Walk counters(int64_t rows, int64_t units, unsigned grid) {
-  return Walk(rows, 1, divide_up(units, 8), static_cast<int64_t>(grid) * threads_per_block);
+// The counters of a matrix: those of a row are its columns eight by eight. A warp's 32 are consecutive; a
+// thread visits them `stride` apart.
+struct Counters {
+  int64_t total, cols, stride, row_step, col_step;
+
+  Counters(int64_t rows, int64_t units, unsigned grid)
+      : total(rows * divide_up(units, 8)),
+        cols(divide_up(units, 8)),
+        stride(static_cast<int64_t>(grid) * threads_per_block),
+        row_step(stride / cols),
+        col_step(stride % cols) {}
+};
+
+struct Counter {
+  int64_t row, col;
+
+  __device__ Counter(int64_t number, const Counters& all)
+      : row(number / all.cols), col(number - row * all.cols) {}
+
+  __device__ void advance(const Counters& all) {
+    row += all.row_step, col += all.col_step;
+    if (col >= all.cols) col -= all.cols, ++row;
+  }
+};
+
+// The keys of the ten rounds, made by the host: the kernel's parameters, where an operation reads them at no
+// cost, instead of two additions a round.
+struct RoundKeys {
+  uint32_t k0[10], k1[10], site;
+
+  RoundKeys(uint64_t seed, uint64_t site_) {
+    PhiloxKey key(seed, site_);
+    for (int round = 0; round < 10; ++round, key.k0 += philox_w0, key.k1 += philox_w1)
+      k0[round] = key.k0, k1[round] = key.k1;
+    site = key.site;
+  }
+};
+
+// philox.hpp's function.
+__device__ inline Words philox(uint32_t block, uint64_t stream, const RoundKeys& keys) {
+  uint32_t c0 = block, c1 = static_cast<uint32_t>(stream), c2 = static_cast<uint32_t>(stream >> 32),
+           c3 = keys.site;
+#pragma unroll
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = static_cast<uint64_t>(philox_m0) * c0, p1 = static_cast<uint64_t>(philox_m1) * c2;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ keys.k0[round];
+    c1 = static_cast<uint32_t>(p1);
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ keys.k1[round];
+    c3 = static_cast<uint32_t>(p0);
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// Whether lane j is below the threshold, which is given in the upper half of `top`: one comparison, and for
+// a lower half a shift that the multiplier makes.
+__device__ inline bool kept(const Words& words, int j, uint32_t top) {
+  const uint32_t word = words.w[j >> 1];
+  return (j & 1 ? word : word << 16) < top;
+}
+__device__ inline uint32_t kept_bits(const Words& words, uint32_t top) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) bits |= kept(words, j, top) ? 1u << j : 0u;
+  return bits;
 }
 
 // Where vector k of a lane lies: `unit` of the counter that lane `owner` made.
@@ -29,20 +90,19 @@ struct Share {
   }
 };
 
-// out[row, unit] = kept or dropped, as the bit of the unit says.
+// out[row, unit] = one where the unit is kept, else the other; stream is that of every row without streams.
 template <class T, int V>
-__global__ void fill_kernel(T* out, int64_t stride, int64_t units, T kept, T dropped, MaskSource source,
-                            uint64_t stream, Walk walk) {
-  const PhiloxKey key(source.seed, source.site);
+__global__ void fill_kernel(T* out, int64_t stride, int64_t units, T one, T other, const int64_t* streams,
+                            uint64_t stream, uint32_t top, RoundKeys keys, Counters all) {
   const int lane = threadIdx.x % 32;
   int64_t i = global_thread();
-  for (Place place(i, walk); i - lane < walk.total; i += walk.stride, place.advance(walk)) {
+  for (Counter place(i, all); i - lane < all.total; i += all.stride, place.advance(all)) {
     const int64_t unit = place.col * 8;
-    const int count = i >= walk.total ? 0 : units - unit < 8 ? static_cast<int>(units - unit) : 8;
+    const int count = i >= all.total ? 0 : units - unit < 8 ? static_cast<int>(units - unit) : 8;
     uint32_t bits = 0;
     if (count) {
-      const uint64_t id = source.streams ? static_cast<uint64_t>(source.streams[place.row]) : stream;
-      bits = keep_bits(philox(static_cast<uint32_t>(place.col), id, key), source.threshold);
+      const uint64_t id = streams ? static_cast<uint64_t>(streams[place.row]) : stream;
+      bits = kept_bits(philox(static_cast<uint32_t>(place.col), id, keys), top);
     }
 #pragma unroll
     for (int k = 0; k < 8 / V; ++k) {
@@ -51,7 +111,7 @@ __global__ void fill_kernel(T* out, int64_t stride, int64_t units, T kept, T dro
       const int64_t to = share.of(place.row * stride + unit) + share.unit;
       Pack<T, V> pack;
 #pragma unroll
-      for (int e = 0; e < V; ++e) pack.x[e] = mine >> e & 1 ? kept : dropped;
+      for (int e = 0; e < V; ++e) pack.x[e] = mine >> e & 1 ? one : other;
       const int left = share.of(count) - share.unit;
       if (left > 0) store<V>(out + to, left, pack);
     }
@@ -59,13 +119,14 @@ __global__ void fill_kernel(T* out, int64_t stride, int64_t units, T kept, T dro
 }
 
 template <class T>
-void fill(const char* name, T* out, int64_t rows, int64_t units, T kept, T dropped, MaskSource source,
+void fill(const char* name, T* out, int64_t rows, int64_t units, T one, T other, MaskSource source,
           uint64_t stream, void* queue) {
   if (rows == 0 || units == 0) return;
   const unsigned grid = blocks_for(rows * divide_up(units, 8));
   by_width<(widest_of<T> < 8 ? widest_of<T> : 8)>(alignment_of(out, rows, units, sizeof(T)), [&](auto width) {
-    launch(name, queue, grid, fill_kernel<T, decltype(width)::value>, out, units, units, kept, dropped,
-           source, stream, counters(rows, units, grid));
+    launch(name, queue, grid, fill_kernel<T, decltype(width)::value>, out, units, units, one, other,
+           source.streams, stream, source.threshold << 16, RoundKeys(source.seed, source.site),
+           Counters(rows, units, grid));
   });
 }
 

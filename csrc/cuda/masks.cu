@@ -4,55 +4,72 @@
 namespace dropscope {
 namespace {
 
-// out = x o mask * scale, V elements a load; a lane makes two counters before it stores where
-// one asks for a single load.
-template <class T, int V>
-__global__ void __launch_bounds__(threads_per_block, V == 8   ? 4
-                                                     : V == 1 ? 2
-                                                              : 3)
+// x * scale where keep(e), else +0; elements of two bytes by pairs.
+template <class T, int V, class Keep>
+__device__ inline Pack<T, V> masked(const Pack<T, V>& x, Wide<T> scale, const Keep& keep) {
+  Pack<T, V> result;
+  if constexpr (sizeof(T) == 2 && V > 1) {
+#pragma unroll
+    for (int e = 0; e < V; e += 2) {
+      const uint32_t pair = narrow_pair(widen(x.x[e]) * scale, widen(x.x[e + 1]) * scale, T{}) &
+                            ((keep(e) ? 0xFFFFu : 0u) | (keep(e + 1) ? 0xFFFF0000u : 0u));
+      memcpy(&result.x[e], &pair, sizeof pair);
+    }
+  } else {
+#pragma unroll
+    for (int e = 0; e < V; ++e) result.x[e] = keep(e) ? narrow<Wide<T>, T>(widen(x.x[e]) * scale) : T{};
+  }
+  return result;
+}
+
+// out = x o mask * scale, V elements a load; `whole`: no row ends inside a vector, and none of x is shared; a
+// lane makes two counters before it stores where one asks for a single load.
+template <class T, int V, bool whole>
+__global__ void __launch_bounds__(threads_per_block, V == 1            ? 2
+                                                     : V == 8 && whole ? 4
+                                                                       : 3)
     apply_kernel(const T* x, int64_t x_stride, RowSharing sharing, T* out, int64_t out_stride, int64_t units,
-                 Wide<T> scale, MaskSource source, Walk walk) {
+                 Wide<T> scale, const int64_t* streams, uint32_t top, RoundKeys keys, Counters all) {
   constexpr int rounds = V == 8 ? 2 : 1;
   constexpr int vectors = 8 / V;
-  const PhiloxKey key(source.seed, source.site);
   const int lane = threadIdx.x % 32;
   int64_t i = global_thread();
-  Place place(i, walk);
-  while (i - lane < walk.total) {  // a warp stays together
+  Counter place(i, all);
+  while (i - lane < all.total) {  // a warp stays together
     Pack<T, V> packs[rounds][vectors];
     int64_t to[rounds][vectors];
     int left[rounds][vectors];
     uint64_t stream[rounds];
     uint32_t block[rounds];
 #pragma unroll
-    for (int r = 0; r < rounds; ++r, i += walk.stride, place.advance(walk)) {
-      const bool active = i < walk.total;
-      const int64_t unit = place.col * 8, rest = active ? units - unit : 0;
+    for (int r = 0; r < rounds; ++r, i += all.stride, place.advance(all)) {
+      const bool active = i < all.total;
+      const int64_t unit = place.col * 8, rest = !active ? 0 : whole && V == 8 ? 8 : units - unit;
       const int count = rest < 8 ? static_cast<int>(rest) : 8;
-      const int64_t x_row = sharing.group == 1 ? place.row : (sharing.skip + place.row) / sharing.group;
+      const int64_t x_row =
+          whole || sharing.group == 1 ? place.row : (sharing.skip + place.row) / sharing.group;
       block[r] = static_cast<uint32_t>(place.col);
-      stream[r] = active ? static_cast<uint64_t>(source.streams[place.row]) : 0;
+      stream[r] = active ? static_cast<uint64_t>(streams[place.row]) : 0;
 #pragma unroll
       for (int k = 0; k < vectors; ++k) {
         const Share<V> share(k);
         const int64_t from = share.of(x_row * x_stride + unit) + share.unit;
         to[r][k] = share.of(place.row * out_stride + unit) + share.unit;
         left[r][k] = share.of(count) - share.unit;
-        if (left[r][k] > 0) packs[r][k] = load<V>(x + from, left[r][k]);
+        if (left[r][k] > 0) packs[r][k] = load<V>(x + from, whole ? V : left[r][k]);
       }
     }
 #pragma unroll
     for (int r = 0; r < rounds; ++r) {
-      const uint32_t bits = keep_bits(philox(block[r], stream[r], key), source.threshold);
+      const Words words = philox(block[r], stream[r], keys);
+      const uint32_t bits = V == 8 ? 0 : kept_bits(words, top);
 #pragma unroll
       for (int k = 0; k < vectors; ++k) {
         const Share<V> share(k);
         const uint32_t mine = share.of(bits) >> share.unit;
-        Pack<T, V> result;
-#pragma unroll
-        for (int e = 0; e < V; ++e)
-          result.x[e] = mine >> e & 1 ? narrow<Wide<T>, T>(widen(packs[r][k].x[e]) * scale) : T{};
-        if (left[r][k] > 0) store<V>(out + to[r][k], left[r][k], result);
+        const Pack<T, V> result = masked<T, V>(
+            packs[r][k], scale, [&](int e) { return V == 8 ? kept(words, e, top) : (mine >> e & 1) != 0; });
+        if (left[r][k] > 0) store<V>(out + to[r][k], whole ? V : left[r][k], result);
       }
     }
   }
@@ -63,9 +80,12 @@ void apply(ConstMatrix x, RowSharing sharing, Matrix out, MaskSource source, voi
   const auto scale = static_cast<Wide<T>>(65536.0 / source.threshold);
   const unsigned grid = blocks_for(out.rows * divide_up(out.cols, 8));
   by_width<widest_of<T>>(alignment_of(x) | alignment_of(out), [&](auto width) {
-    launch("apply_mask", stream, grid, apply_kernel<T, decltype(width)::value>, static_cast<const T*>(x.data),
-           x.stride, sharing, static_cast<T*>(out.data), out.stride, out.cols, scale, source,
-           counters(out.rows, out.cols, grid));
+    constexpr int V = decltype(width)::value;
+    launch("apply_mask", stream, grid,
+           out.cols % V == 0 && sharing.group == 1 ? apply_kernel<T, V, true> : apply_kernel<T, V, false>,
+           static_cast<const T*>(x.data), x.stride, sharing, static_cast<T*>(out.data), out.stride, out.cols,
+           scale, source.streams, source.threshold << 16, RoundKeys(source.seed, source.site),
+           Counters(out.rows, out.cols, grid));
   });
 }
 

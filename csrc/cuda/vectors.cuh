@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "kernels.hpp"
@@ -25,6 +26,20 @@ __device__ inline T narrow(Real x) {
   T to;
   narrow(static_cast<std::conditional_t<std::is_same_v<T, double>, double, float>>(x), to);
   return to;
+}
+
+// Two values in one conversion, the first in the lower half.
+__device__ inline uint32_t narrow_pair(float x, float y, __nv_bfloat16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof bits);
+  return bits;
+}
+__device__ inline uint32_t narrow_pair(float x, float y, __half) {
+  const __half2 pair = __floats2half2_rn(x, y);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof bits);
+  return bits;
 }
 
 // What values of type T are computed in.
