@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import weakref
@@ -24,6 +23,7 @@ from dropscope.factors.fallback import MatrixFreeBlock, dense_rows, group_size
 from dropscope.factors.layers import Factors
 from dropscope.factors.plan import Plan, draws_masks, make_plan
 from dropscope.masks import MaskKey, Sharing
+from dropscope.memory import free_bytes
 from dropscope.problem import Batch, Problem
 
 Cache = Literal["auto", "factors", "bf16", "disk", "recompute"]
@@ -74,7 +74,7 @@ class Table:
                 "a whole); use sharing='batch'"
             )
         self.problem, self.seed, self.draws, self.sharing, self.progress = problem, seed, draws, sharing, progress
-        free = free_memory(problem.device)
+        free = free_bytes(problem.device)
         self.budget = int(free * STORE_SHARE) if memory is None else memory
         self.n = problem.n if sharing == "sample" else 1
         batch = next(iter(problem.batches()))
@@ -304,20 +304,6 @@ class Table:
             part = part_of(name, uses, gradients, batch.size, draws, route.layout)
             found[name] = rows_of(part) if route.kind == "rows" else part
         return found
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can be had on a device now."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        with open("/proc/meminfo") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def _converted(chunk: Chunk, dtype: torch.dtype) -> Chunk:
