@@ -27,7 +27,7 @@ from bench import page
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-STAGES = ("build", "tests", "ceilings", "contests", "measurements", "sanitizers")
+STAGES = ("build", "tests", "ceilings", "contests", "measurements", "sanitizers", "tiles")
 # Another torch than the one of development may warn of what this one does not: here that is no failure.
 PYTEST = [PYTHON, "-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider", "-W", "default", "-v", "--tb=short"]
 KERNELS = ["tests/test_cuda.py"]
@@ -190,6 +190,8 @@ def stages(session: Session, args: argparse.Namespace, rows: Path, about: dict[s
         yield tested(session.run("measurements", [*command, "tests/other_device/checks.py"], 200, environment))
     if "sanitizers" in args.stages:
         yield from sanitizers(session)
+    if "tiles" in args.stages:
+        yield session.run("tiles", [PYTHON, "-m", "bench.device_tiles", str(rows.with_name("tiles.json"))], 120)
 
 
 def main() -> int:
