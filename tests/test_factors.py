@@ -125,7 +125,7 @@ class Scrambled(nn.Module):
 
 
 class Sliced(nn.Module):
-    """A parameter met through a slice and one met through a product: no rule covers either."""
+    """A parameter met through a slice, which no rule covers, beside one that is broadcast."""
 
     def __init__(self):
         super().__init__()
@@ -199,6 +199,86 @@ def test_rules_of_the_other_functions():
     table = table_of(problem)
     assert set(problem.params) == set(table.plan.names("factors", "rows"))
     torch.testing.assert_close(materialised(table), sample_gradients(problem, 5, 3).flatten(0, 1))
+
+
+CONVOLUTIONS = {
+    "plain": (1, {"kernel_size": 3}),
+    "strided": (1, {"kernel_size": 2, "stride": 3, "padding": 1, "dilation": 2}),
+    "valid": (2, {"kernel_size": (2, 3), "padding": "valid"}),
+    "same": (2, {"kernel_size": (2, 4), "padding": "same", "dilation": (3, 1), "bias": False}),
+    "grouped": (2, {"kernel_size": 3, "padding": (0, 1), "stride": (2, 1), "groups": 2}),
+    "depthwise": (1, {"kernel_size": 3, "padding": "same", "groups": 4}),
+    "circular": (2, {"kernel_size": 3, "padding": 1, "padding_mode": "circular"}),
+    "volume": (3, {"kernel_size": (1, 2, 2), "stride": (1, 2, 1), "padding": 1}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_of_every_kind(name, memory_format):
+    """One before any mask, whose input the draws share, and one after."""
+    dims, options = CONVOLUTIONS[name]
+    if memory_format == torch.channels_last and dims != 2:
+        pytest.skip("of images only")
+    conv, drop = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1], (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)[dims - 1]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        x = torch.randn(5, 4, *(8, 7, 3)[:dims], dtype=torch.float64)
+        x = x.contiguous(memory_format=memory_format) if dims == 2 else x
+        net = nn.Sequential(conv(4, 4, **options), nn.Tanh(), drop(0.3), conv(4, 4, **options), nn.Tanh(), nn.Flatten())
+        net = net.double()
+        net.append(nn.Linear(net(x).shape[1], 2).double())
+        problem = Problem(net, nn.MSELoss(), (x, torch.randn(5, 2, dtype=torch.float64)))
+    table = table_of(problem)
+    assert set(problem.params) == set(table.plan.names("factors", "rows")), problem.plan()
+    truth = sample_gradients(problem, 5, 3).flatten(0, 1)
+    torch.testing.assert_close(materialised(table), truth, rtol=0, atol=1e-12 * float(truth.abs().max()))
+
+
+class Vision(nn.Module):
+    """What vision and language transformers do with parameters beside matrix products, batch first or time first."""
+
+    def __init__(self, time_major):
+        super().__init__()
+        place, self.time_major = ((6, 1, 4) if time_major else (1, 6, 4)), time_major
+        self.token, self.place = nn.Parameter(torch.randn(1, 1, 4)), nn.Parameter(torch.randn(place))
+        self.gamma, self.gate = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(()))
+        self.norm, self.mix, self.out = nn.RMSNorm(4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = torch.cat([self.token.expand(len(x), -1, -1), F.dropout(x, 0.3, self.training)], 1)
+        h = (h.transpose(0, 1).contiguous() if self.time_major else h) + self.place
+        h = h + torch.tanh(self.mix(self.norm(h))) * self.gamma
+        return self.out((torch.mul(self.gate, h)).mean(0 if self.time_major else 1))
+
+
+class Normed(nn.Sequential):
+    """Batch norms in eval mode, one without a weight."""
+
+    def __init__(self):
+        head = (nn.Dropout2d(0.3), nn.Conv2d(3, 2, 2), nn.BatchNorm2d(2, affine=False), nn.Flatten(), nn.Linear(8, 2))
+        super().__init__(nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3), nn.Tanh(), *head)
+        for module in self:
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [(lambda: Vision(False), (5, 4)), (lambda: Vision(True), (5, 4)), (Normed, (1, 4, 4))],
+    ids=["batch_first", "time_first", "batch_norm"],
+)
+def test_parameters_that_scale_and_shift(make, shape):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        data = (torch.randn(7, *shape, dtype=torch.float64), torch.randn(7, 2, dtype=torch.float64))
+        problem = Problem(make().double(), nn.MSELoss(), data, batch_size=3)
+    table = table_of(problem)
+    assert set(problem.params) == set(table.plan.names("factors", "rows")), problem.plan()
+    truth = sample_gradients(problem, 5, 3).flatten(0, 1)
+    torch.testing.assert_close(materialised(table), truth, rtol=0, atol=1e-12 * float(truth.abs().max()))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 11])

@@ -300,7 +300,7 @@ def test_the_whole_measurement_is_that_of_stored_rows(monkeypatch):
     # Rows of a float64 network are rounded to float32 before or after their mask.
     cases = {("full", "uniform"): 1e-9, ("full", "gradient"): 1e-9, ("int8", "uniform"): 1e-5}
     masked = [measure(*case) for case in cases]
-    monkeypatch.setattr("dropscope.factors.layers.Dropped.operand", lambda *_: None)
+    monkeypatch.setattr("dropscope.factors.uses.Dropped.operand", lambda *_: None)
     for (case, tolerance), mine in zip(cases.items(), masked, strict=True):
         for one, other in zip(mine, measure(*case), strict=True):
             torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))

@@ -17,8 +17,8 @@ from torch import Tensor
 from dropscope import kernels
 from dropscope.factors.capture import part_of, record
 from dropscope.factors.fallback import dense_rows, group_size
-from dropscope.factors.layers import Factors
 from dropscope.factors.plan import Plan
+from dropscope.factors.uses import Factors
 from dropscope.problem import Problem
 
 Allocation = Literal["uniform", "gradient"]

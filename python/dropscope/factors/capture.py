@@ -9,7 +9,8 @@ from torch import Tensor
 
 from dropscope import kernels
 from dropscope.factors.blocks import materialise
-from dropscope.factors.layers import Factors, Layout, Recorder, UnfitError, Use
+from dropscope.factors.recorder import Recorder
+from dropscope.factors.uses import Factors, Layout, UnfitError, Use
 from dropscope.kernels import FirstOperand, Masked
 from dropscope.masks import MaskKey
 from dropscope.problem import Batch, Problem

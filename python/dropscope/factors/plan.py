@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dropscope import kernels
 from dropscope.factors.capture import Part, part_of, record
 from dropscope.factors.fallback import groups_work
-from dropscope.factors.layers import LAYOUTS, Layout, UnfitError, Use
+from dropscope.factors.uses import LAYOUTS, Layout, UnfitError, Use
 from dropscope.kernels import Masked
 from dropscope.masks import MaskKey, Sharing
 from dropscope.problem import Batch, Problem

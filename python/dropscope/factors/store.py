@@ -20,8 +20,8 @@ from dropscope.factors.blocks import Block, DenseBlock, FactorBlock
 from dropscope.factors.capture import join_draws, part_of, record, rows_of
 from dropscope.factors.chunk import Chunk, joined
 from dropscope.factors.fallback import MatrixFreeBlock, dense_rows, group_size
-from dropscope.factors.layers import Factors
 from dropscope.factors.plan import Plan, draws_masks, make_plan
+from dropscope.factors.uses import Factors
 from dropscope.masks import MaskKey, Sharing
 from dropscope.memory import free_bytes
 from dropscope.problem import Batch, Problem
