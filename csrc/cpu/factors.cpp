@@ -52,6 +52,17 @@ T* row(const Matrix& m, int64_t i) {
 // Lanes are fixed, so that every instruction set sums in the same order; fp32 only within a block of 512.
 constexpr int64_t lanes = 32, dot_block = 512;
 
+// Factors come from memory: the next ones are asked for here, as the hardware stops at the end of each page.
+template <class T>
+inline void fetch_ahead(const T* x) {
+#if defined(__GNUC__)
+  const char* at = reinterpret_cast<const char*>(x) + 4096;
+  for (size_t line = 0; line < lanes * sizeof(T); line += 64) __builtin_prefetch(at + line);
+#else
+  (void)x;
+#endif
+}
+
 template <class P, class T>
 double dot(const P* __restrict x, const T* __restrict y, int64_t n) {
   double total = 0;
@@ -59,8 +70,10 @@ double dot(const P* __restrict x, const T* __restrict y, int64_t n) {
     const int64_t stop = start + dot_block < n ? start + dot_block : n;
     Wide<T> sums[lanes] = {};
     int64_t j = start;
-    for (; j + lanes <= stop; j += lanes)
+    for (; j + lanes <= stop; j += lanes) {
+      fetch_ahead(y + j);
       for (int64_t l = 0; l < lanes; ++l) sums[l] += widen(x[j + l]) * widen(y[j + l]);
+    }
     for (int64_t l = 0; j + l < stop; ++l) sums[l] += widen(x[j + l]) * widen(y[j + l]);
     for (int64_t half = lanes / 2; half > 0; half /= 2)
       for (int64_t l = 0; l < half; ++l) sums[l] += sums[l + half];
@@ -73,7 +86,7 @@ double dot(const P* __restrict x, const T* __restrict y, int64_t n) {
 // B.cols. P is of the type of B, or wider: a product in float of factors held in bfloat16.
 template <class T, class Out, class Product = T>
 void row_dots(ConstMatrix P, ConstMatrix B, Matrix out, int64_t group, int64_t steps, Launch launch) {
-  constexpr int64_t chunk_rows = 16;
+  const int64_t chunk_rows = steps < 16 ? divide_up(16, steps) : 1;
   parallel_for(divide_up(out.rows, chunk_rows), B.rows * P.cols, launch.threads, [&](int64_t chunk) {
     const int64_t stop = (chunk + 1) * chunk_rows < out.rows ? (chunk + 1) * chunk_rows : out.rows;
     for (int64_t i = chunk * chunk_rows; i < stop; ++i)
@@ -84,6 +97,16 @@ void row_dots(ConstMatrix P, ConstMatrix B, Matrix out, int64_t group, int64_t s
         row<Out>(out, i)[k] += static_cast<Out>(total);
       }
   });
+}
+
+template <class T, class Out>
+void scale_row(const T* __restrict x, Wide<T> s, int64_t n, Out* __restrict to) {
+  int64_t j = 0;
+  for (; j + lanes <= n; j += lanes) {
+    fetch_ahead(x + j);
+    for (int64_t l = 0; l < lanes; ++l) to[j + l] = narrow<Out>(s * widen(x[j + l]));
+  }
+  for (; j < n; ++j) to[j] = narrow<Out>(s * widen(x[j]));
 }
 
 // out[i * steps + t, k * B.cols + j] = sum_m S[i * group + m, k] B[(i * group + m) * steps + t, j], m <
@@ -97,10 +120,7 @@ void scale_rows(ConstMatrix B, ConstMatrix S, Matrix out, int64_t group, int64_t
       const int64_t first = r / steps * group, t = r % steps;
       for (int64_t k = 0; k < S.cols; ++k) {
         if (group == 1) {
-          const Wide<T> s = row<Wide<T>>(S, first)[k];
-          const T* b = row<T>(B, r);
-          Out* to = row<Out>(out, r) + k * B.cols;
-          for (int64_t j = 0; j < B.cols; ++j) to[j] = narrow<Out>(s * widen(b[j]));
+          scale_row(row<T>(B, r), row<Wide<T>>(S, first)[k], B.cols, row<Out>(out, r) + k * B.cols);
           continue;
         }
         for (int64_t start = 0; start < B.cols; start += width) {

@@ -82,7 +82,7 @@ def slabs(A: FirstOperand, B: Tensor, bias: bool, others: int) -> Iterator[Tenso
     for first in range(0, units, width):
         b = B[:, :, first : first + width]
         # The draws that share a row of A are more output units of it.
-        b = b.reshape(n, group, steps, -1).transpose(2, 3).reshape(n, -1, steps)
+        b = b.mT if group == 1 else b.reshape(n, group, steps, -1).transpose(2, 3).reshape(n, -1, steps)
         slab = memory[: n * b.shape[1] * d_in].view(n, b.shape[1], d_in)
         yield _products(b, A, slab).view(samples, -1)
     if bias:

@@ -23,6 +23,8 @@ _TILE_BYTES, _TILE_ROWS, _GRAM_SAMPLES = (
     {"cpu": 2048, "cuda": 1 << 16},
     {"cpu": 512, "cuda": 2048},
 )
+# Bytes that stay in the cache of one core.
+_CORE_BYTES = 1 << 20
 _NOTHING: MatrixArgument = (0, 0, 0, 0, 0)
 
 
@@ -71,10 +73,12 @@ def packed(x: FirstOperand, start: int, stop: int, dtype: torch.dtype, space: Wo
     return out
 
 
-def tile_rows(width: int, itemsize: int, device: torch.device, multiple: int = 1) -> int:
-    """Rows of a tile of this width that stays in the device's cache: at least 256, a multiple of ``multiple``."""
-    rows = min(_TILE_ROWS[device.type], max(256, _TILE_BYTES[device.type] // max(1, width * itemsize)))
-    return max(1, rows // multiple) * multiple
+def tile_rows(width: int, itemsize: int, device: torch.device, *, near: bool = False) -> int:
+    """Rows of a tile of this width, at least 256, that stays in the device's cache, or ``near``, in its cores' own."""
+    most = _TILE_BYTES[device.type]
+    if near and device.type == "cpu":
+        most = min(most, _CORE_BYTES * torch.get_num_threads())
+    return min(_TILE_ROWS[device.type], max(256, most // max(1, width * itemsize)))
 
 
 def gram_samples(like: Tensor) -> int:

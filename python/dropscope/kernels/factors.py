@@ -169,7 +169,7 @@ def accumulate(A: FirstOperand, B: Tensor, S: Tensor, out: Tensor) -> None:
         return
     # Sums that are parts of wider rows are no one matrix: then a product for each.
     together = max(1, min(S.shape[1], 2048 // max(1, units))) if out.is_contiguous() else 1
-    rows = max(1, tiles.tile_rows(_made(together * units, A), dtype.itemsize, B.device) // steps)
+    rows = max(1, tiles.tile_rows(_made(together * units, A), dtype.itemsize, B.device, near=True) // steps)
     space = tiles.Workspace(min(rows, A.shape[0]) * steps * together * units, dtype, B.device)
     packing = tiles.packing_space(A, rows, dtype)
     for first in range(0, S.shape[1], together):
