@@ -51,6 +51,7 @@ def extension(tmp_path_factory):
     pybind11 = pytest.importorskip("pybind11")
     folder = tmp_path_factory.mktemp("emulated")
     flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    flags.append("-DDROPSCOPE_MOST_BLOCKS=3")  # blocks stride over the work as they do over much work on a device
     includes = [EMULATION, CSRC, pybind11.get_include(), sysconfig.get_paths()["include"]]
     command = [COMPILER, *flags, *(f"-I{path}" for path in includes)]
     objects = [folder / f"{source.stem}.o" for source in SOURCES]

@@ -27,9 +27,12 @@ struct Counter {
   __device__ Counter(int64_t number, const Counters& all)
       : row(number / all.cols), col(number - row * all.cols) {}
 
-  __device__ void advance(const Counters& all) {
+  // Whether it went one row further than row_step.
+  __device__ bool advance(const Counters& all) {
     row += all.row_step, col += all.col_step;
-    if (col >= all.cols) col -= all.cols, ++row;
+    const bool further = col >= all.cols;
+    if (further) col -= all.cols, ++row;
+    return further;
   }
 };
 

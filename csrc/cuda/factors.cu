@@ -244,7 +244,7 @@ void hadamard(Hadamard h, Matrix out, Matrix mirror, Launch to) {
     constexpr int widest = sizeof(T) == 8 || sizeof(Out) == 8 ? 2 : 4;
     const bool vector_p = h.P.data && h.col_group == 1;
     const int64_t tile_cols = divide_up(out.cols, tile), number = divide_up(out.rows, tile) * tile_cols;
-    const unsigned grid = static_cast<unsigned>(number < (1 << 20) ? number : 1 << 20);
+    const unsigned grid = at_most(number);
     by_widest<widest>(alignment_of(h.Q) | alignment_of(out) | (vector_p ? alignment_of(h.P) : 0),
                       [&](auto width) {
                         launch("hadamard", to.stream, grid, hadamard_kernel<T, Out, decltype(width)::value>,

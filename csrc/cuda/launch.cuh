@@ -13,13 +13,17 @@ constexpr int threads_per_block = 256, warps_per_block = threads_per_block / 32;
 
 __host__ __device__ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Blocks for so many threads; what is left beyond them is strided over. Many waves of blocks keep the last
-// one, which leaves multiprocessors idle, short.
-inline unsigned blocks_for(int64_t threads) {
-  constexpr int64_t most = 1 << 14;
-  const int64_t blocks = divide_up(threads, threads_per_block);
+// The blocks of a grid, with its blocks striding over the work beyond them. Many waves of blocks keep the
+// last one, which leaves multiprocessors idle, short. The emulation of the tests takes few, so that blocks do
+// stride.
+#ifndef DROPSCOPE_MOST_BLOCKS
+#define DROPSCOPE_MOST_BLOCKS (1 << 14)
+#endif
+inline unsigned at_most(int64_t blocks) {
+  constexpr int64_t most = DROPSCOPE_MOST_BLOCKS;
   return static_cast<unsigned>(blocks < most ? blocks : most);
 }
+inline unsigned blocks_for(int64_t threads) { return at_most(divide_up(threads, threads_per_block)); }
 
 template <class... Parameters, class... Args>
 void launch(const char* name, void* stream, dim3 grid, void (*kernel)(Parameters...), Args... args) {

@@ -22,19 +22,43 @@ __device__ inline Pack<T, V> masked(const Pack<T, V>& x, Wide<T> scale, const Ke
   return result;
 }
 
-// out = x o mask * scale, V elements a load; `whole`: no row ends inside a vector, and none of x is shared; a
-// lane makes two counters before it stores where one asks for a single load.
-template <class T, int V, bool whole>
-__global__ void __launch_bounds__(threads_per_block, V == 1            ? 2
-                                                     : V == 8 && whole ? 4
-                                                                       : 3)
-    apply_kernel(const T* x, int64_t x_stride, RowSharing sharing, T* out, int64_t out_stride, int64_t units,
+// Rows of out that share a row of x, and the steps in x of a thread's step in out: carries, no division.
+struct SharedRows {
+  int64_t group, skip, row_step, rest_step;
+
+  SharedRows(RowSharing sharing, const Counters& all)
+      : group(sharing.group),
+        skip(sharing.skip),
+        row_step(all.row_step / group),
+        rest_step(all.row_step % group) {}
+};
+
+struct SharedRow {
+  int64_t row, rest;
+
+  __device__ SharedRow(int64_t out_row, const SharedRows& all)
+      : row((all.skip + out_row) / all.group), rest(all.skip + out_row - row * all.group) {}
+
+  __device__ void advance(bool further, const SharedRows& all) {
+    row += all.row_step, rest += all.rest_step + further;
+    if (rest >= all.group) rest -= all.group, ++row;
+  }
+};
+
+// out = x o mask * scale, V elements a load; `whole`: no row ends inside a vector; `shared`: rows of x serve
+// several of out. A lane makes two counters before it stores where one asks for a single load.
+template <class T, int V, bool whole, bool shared>
+__global__ void __launch_bounds__(threads_per_block, V == 1 || (V == 8 && !whole) ? 2
+                                                     : V == 8                     ? 4
+                                                                                  : 3)
+    apply_kernel(const T* x, int64_t x_stride, SharedRows sharing, T* out, int64_t out_stride, int64_t units,
                  Wide<T> scale, const int64_t* streams, uint32_t top, RoundKeys keys, Counters all) {
   constexpr int rounds = V == 8 ? 2 : 1;
   constexpr int vectors = 8 / V;
   const int lane = threadIdx.x % 32;
   int64_t i = global_thread();
   Counter place(i, all);
+  SharedRow origin(shared ? place.row : 0, sharing);
   while (i - lane < all.total) {  // a warp stays together
     Pack<T, V> packs[rounds][vectors];
     int64_t to[rounds][vectors];
@@ -42,12 +66,11 @@ __global__ void __launch_bounds__(threads_per_block, V == 1            ? 2
     uint64_t stream[rounds];
     uint32_t block[rounds];
 #pragma unroll
-    for (int r = 0; r < rounds; ++r, i += all.stride, place.advance(all)) {
+    for (int r = 0; r < rounds; ++r, i += all.stride) {
       const bool active = i < all.total;
       const int64_t unit = place.col * 8, rest = !active ? 0 : whole && V == 8 ? 8 : units - unit;
       const int count = rest < 8 ? static_cast<int>(rest) : 8;
-      const int64_t x_row =
-          whole || sharing.group == 1 ? place.row : (sharing.skip + place.row) / sharing.group;
+      const int64_t x_row = shared ? origin.row : place.row;
       block[r] = static_cast<uint32_t>(place.col);
       stream[r] = active ? static_cast<uint64_t>(streams[place.row]) : 0;
 #pragma unroll
@@ -58,6 +81,8 @@ __global__ void __launch_bounds__(threads_per_block, V == 1            ? 2
         left[r][k] = share.of(count) - share.unit;
         if (left[r][k] > 0) packs[r][k] = load<V>(x + from, whole ? V : left[r][k]);
       }
+      const bool further = place.advance(all);
+      if (shared) origin.advance(further, sharing);
     }
 #pragma unroll
     for (int r = 0; r < rounds; ++r) {
@@ -79,13 +104,17 @@ template <class T>
 void apply(ConstMatrix x, RowSharing sharing, Matrix out, MaskSource source, void* stream) {
   const auto scale = static_cast<Wide<T>>(65536.0 / source.threshold);
   const unsigned grid = blocks_for(out.rows * divide_up(out.cols, 8));
+  const Counters all(out.rows, out.cols, grid);
   by_width<widest_of<T>>(alignment_of(x) | alignment_of(out), [&](auto width) {
     constexpr int V = decltype(width)::value;
+    const bool whole = out.cols % V == 0;
     launch("apply_mask", stream, grid,
-           out.cols % V == 0 && sharing.group == 1 ? apply_kernel<T, V, true> : apply_kernel<T, V, false>,
-           static_cast<const T*>(x.data), x.stride, sharing, static_cast<T*>(out.data), out.stride, out.cols,
-           scale, source.streams, source.threshold << 16, RoundKeys(source.seed, source.site),
-           Counters(out.rows, out.cols, grid));
+           !whole               ? apply_kernel<T, V, false, true>
+           : sharing.group == 1 ? apply_kernel<T, V, true, false>
+                                : apply_kernel<T, V, true, true>,
+           static_cast<const T*>(x.data), x.stride, SharedRows(sharing, all), static_cast<T*>(out.data),
+           out.stride, out.cols, scale, source.streams, source.threshold << 16,
+           RoundKeys(source.seed, source.site), all);
   });
 }
 

@@ -280,8 +280,7 @@ void rotate(Matrix Q, const double* S, int64_t k, Launch to) {
     using T = decltype(type);
     int cols = most_tile_cols;
     while (cols > 2 && cols * Q.rows * static_cast<int64_t>(sizeof(T)) > tile_bytes) cols /= 2;
-    const int64_t tiles = divide_up(Q.cols, cols);
-    const unsigned grid = static_cast<unsigned>(tiles < (1 << 14) ? tiles : 1 << 14);
+    const unsigned grid = at_most(divide_up(Q.cols, cols));
     by_widest<widest_of<T>>(alignment_of(Q) | cols, [&](auto width) {
       launch("rotate", to.stream, grid, rotate_kernel<T, decltype(width)::value>, static_cast<T*>(Q.data),
              Q.stride, static_cast<int>(Q.rows), Q.cols, S, static_cast<int>(k), cols);

@@ -57,6 +57,16 @@ def test_masks_equal_the_definition_bit_for_bit(dtype, units):
         assert torch.equal(kernels.keep_mask(stream, units, **KEY), reference.keep_mask(stream, units, **KEY))
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+@pytest.mark.parametrize("units", [1, 8, 10, 64, 500, 513])
+def test_rows_that_share_what_is_masked(dtype, units):
+    # Threads stride over many rows: what they carry from one to the next is what a division would give.
+    for group, skip, rows in ((1, 0, 400), (2, 1, 401), (5, 3, 137), (7, 0, 203), (1000, 990, 60)):
+        x = torch.randn(-(-(skip + rows) // group), units).to(dtype)
+        actual = kernels.apply_mask(x, torch.arange(rows), group=group, skip=skip, **KEY)
+        assert torch.equal(actual, reference.apply_mask(x, torch.arange(rows), group=group, skip=skip, **KEY))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cols", [1, 5, 37, 64, 130])
 def test_nothing_is_read_or_written_beyond_the_end(dtype, cols):
