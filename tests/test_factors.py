@@ -253,6 +253,21 @@ class Vision(nn.Module):
         return self.out((torch.mul(self.gate, h)).mean(0 if self.time_major else 1))
 
 
+class Placed(nn.Module):
+    """Positions looked up once for the whole batch, as GPT-2 and BERT do; tables of few rows and of many."""
+
+    def __init__(self):
+        super().__init__()
+        self.few, self.many = nn.Embedding(5, 4), nn.Embedding(60, 4, padding_idx=2)
+        self.kind, self.out = nn.Embedding(2, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        where = torch.arange(5).unsqueeze(0)
+        h = F.dropout(x, 0.3, self.training) + self.few(where)
+        h = torch.tanh(self.many(where * 2) + h)
+        return self.out(h + self.kind(torch.zeros_like(where))).mean(1)
+
+
 class Normed(nn.Sequential):
     """Batch norms in eval mode, one without a weight."""
 
@@ -267,8 +282,8 @@ class Normed(nn.Sequential):
 
 @pytest.mark.parametrize(
     ("make", "shape"),
-    [(lambda: Vision(False), (5, 4)), (lambda: Vision(True), (5, 4)), (Normed, (1, 4, 4))],
-    ids=["batch_first", "time_first", "batch_norm"],
+    [(lambda: Vision(False), (5, 4)), (lambda: Vision(True), (5, 4)), (Placed, (5, 4)), (Normed, (1, 4, 4))],
+    ids=["batch_first", "time_first", "positions", "batch_norm"],
 )
 def test_parameters_that_scale_and_shift(make, shape):
     with torch.random.fork_rng():

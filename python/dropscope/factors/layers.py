@@ -105,17 +105,46 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    size = weight.shape[0]
-    if max_norm is not None or scale_grad_by_freq or sparse or input.numel() * size > MAX_ONE_HOT:
+    if max_norm is not None or scale_grad_by_freq or sparse:
         return NotImplemented
 
-    def weight_part(x: Tensor, b: Tensor, rows: int, layout: Layout) -> Factors:
-        hot = F.one_hot(x, size).to(b.dtype)
-        if padding_idx is not None:
-            hot[..., padding_idx] = 0
-        return Factors(by_rows(b, rows, layout), by_rows(hot, rows, layout))
+    def weight_part(_: Tensor, b: Tensor, rows: int, layout: Layout) -> Factors | Tensor:
+        return embedded(input, b, weight, padding_idx, rows, layout)
 
-    return recorder.run(input, weight, None, lambda x, w, _: F.embedding(x, w, padding_idx), weight_part)
+    def lookup(w: Tensor) -> Tensor:
+        return F.embedding(input, w, padding_idx)
+
+    if input.ndim == 2 and input.shape[0] == 1 < recorder.rows:
+        # Positions, looked up once for all rows: each row has its gradient where they are added to it.
+        return recorder.postpone(weight, lookup, weight_part)
+    return recorder.run(input, weight, None, lambda _, w, __: lookup(w), weight_part, keep=False)
+
+
+def embedded(
+    ids: Tensor, b: Tensor, weight: Tensor, padding_idx: int | None, rows: int, layout: Layout
+) -> Factors | Tensor:
+    """Gradients of a table, from those of its rows that were looked up: the smaller of factors and sums.
+
+    Args:
+        ids: (rows, ...) or, for all rows alike, (1, ...).
+        b: (*ids.shape, d).
+        weight: the table, (size, d).
+        padding_idx: an id without a gradient.
+        rows: samples times draws.
+        layout: which axis is the row.
+
+    Returns:
+        Factors, or (rows, size · d).
+    """
+    B = by_rows(b, rows, layout)
+    ids = by_rows(ids.unsqueeze(-1).expand(*b.shape[:-1], 1), rows, layout).squeeze(-1)
+    live = torch.ones_like(ids, dtype=torch.bool) if padding_idx is None else ids != padding_idx
+    size, width = weight.shape
+    if ids.shape[1] * (size + width) < size * width and ids.numel() * size <= MAX_ONE_HOT:
+        return Factors(B, F.one_hot(ids, size).to(b.dtype) * live.unsqueeze(-1))
+    out = b.new_zeros(rows, size, width)
+    out.scatter_add_(1, ids.unsqueeze(-1).expand_as(B), B * live.unsqueeze(-1))
+    return out.flatten(1)
 
 
 def _swapped(x: Tensor, b: Tensor, rows: int, layout: Layout) -> Factors:

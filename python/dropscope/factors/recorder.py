@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,23 @@ from torch.autograd.graph import get_gradient_edge
 from dropscope.factors.layers import LAYERS
 from dropscope.factors.scales import SCALES
 from dropscope.factors.uses import Dropped, Factors, Layout, Use, last_axis_bias
+from dropscope.intercept import chained
 from dropscope.mask_op import mask_rows
+
+WeightPart = Callable[[Any, Tensor, int, Layout], Factors | Tensor]
+
+
+class Postponed(NamedTuple):
+    """An output that all rows share, and what its use is to be."""
+
+    output: Tensor
+    weight: Tensor
+    lookup: Callable[[Tensor], Tensor]
+    weight_part: WeightPart
+
+    def add(self, x: Tensor, weight: Tensor, _: Tensor | None) -> Tensor:
+        """What it becomes with the rows."""
+        return x + self.lookup(weight)
 
 
 class Recorder:
@@ -29,11 +45,13 @@ class Recorder:
         self.rows = samples * draws
         self.uses: list[Use] = []
         self._dropped: Dropped | None = None
+        self._postponed: dict[int, Postponed] = {}
 
     def handlers(self) -> dict[Callable[..., Any], Callable[[Any], Any]]:
         """The functions that consume parameters, each with its rule."""
         rules = {**LAYERS, **SCALES}
-        return {function: self._guard(rule) for function, rule in rules.items()} | {mask_rows: self._watch}
+        guarded = {function: self._guard(rule) for function, rule in rules.items()}
+        return chained({torch.add: self._late, Tensor.add: self._late, mask_rows: self._watch}, guarded)
 
     def captures(self, parameter: object) -> bool:
         """Whether this is a parameter to capture."""
@@ -42,6 +60,23 @@ class Recorder:
     def forget(self) -> None:
         """Let go of what was held to recognise inputs."""
         self._dropped = None
+        self._postponed.clear()
+
+    def postpone(self, weight: Tensor, lookup: Callable[[Tensor], Tensor], weight_part: WeightPart) -> Tensor:
+        """Return lookup(weight), which all rows share; its use is recorded where it is added to them."""
+        y = lookup(weight.detach())
+        self._postponed[id(y)] = Postponed(y, weight, lookup, weight_part)
+        return y
+
+    def _late(self, call: Any) -> Any:
+        """A sum with what was postponed."""
+        if not self._postponed or call.kwargs or len(call.args) != 2 or not torch.is_grad_enabled():
+            return NotImplemented
+        for x, y in (call.args, call.args[::-1]):
+            late = self._postponed.get(id(y))
+            if late is not None and isinstance(x, Tensor) and x.shape[1:] == y.shape[1:]:
+                return self.run(x, late.weight, None, late.add, late.weight_part, keep=False)
+        return NotImplemented
 
     def _watch(self, call: Any) -> Any:
         """Remember the mask just made if it is on what the draws share, as a single draw may."""
@@ -80,7 +115,7 @@ class Recorder:
         weight: Tensor,
         bias: Tensor | None,
         function: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-        weight_part: Callable[[Any, Tensor, int, Layout], Factors | Tensor],
+        weight_part: WeightPart,
         bias_part: Callable[[Tensor, int, Layout], Tensor] = last_axis_bias,
         *,
         paired: bool = False,
