@@ -263,3 +263,22 @@ def test_a_table_that_rescales_its_rows_is_refused_before_it_does(kind):
     with pytest.raises(ValueError, match=r"must not write to parameters, got '0' with max_norm=0\.5"):
         Problem(model, nn.CrossEntropyLoss(), (torch.zeros(3, 1, dtype=torch.long), torch.zeros(3, dtype=torch.long)))
     assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_device_that_rounds_products_is_allowed_their_error(device, dtype):
+    from types import SimpleNamespace
+
+    from dropscope.modes import rounds_products
+
+    x = SimpleNamespace(is_cuda=device == "cuda", dtype=dtype)
+    rounded = device == "cuda" and dtype == torch.float32
+    assert rounds_products(x) is rounded  # torch's default, of convolutions
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        assert rounds_products(x) is False
+        torch.set_float32_matmul_precision("high")
+        try:
+            assert rounds_products(x) is rounded
+        finally:
+            torch.set_float32_matmul_precision("highest")

@@ -77,6 +77,16 @@ def fast_bfloat16(device: torch.device) -> bool:
     return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
+def rounds_products(x: Tensor) -> bool:
+    """Whether torch may round the operands of products of x to 11 bits: float32 on a device, unless TF32 is off.
+
+    By default it is on in convolutions and recurrent layers, off in matrix products.
+    """
+    if not x.is_cuda or x.dtype != torch.float32:
+        return False
+    return bool(torch.backends.cudnn.allow_tf32) or torch.get_float32_matmul_precision() != "highest"
+
+
 def dual(value: Tensor, tangent: Tensor) -> Tensor:
     """Return value + tangent·ε inside a dual level, differentiable by autograd too."""
     with warnings.catch_warnings():
