@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 import dropscope as ds
-from cases import state
+from cases import CASES, state
 from dropscope.training import sde
 from dropscope.training.diffusion import Enumerated, LowRank, Sampled, Walsh
 from dropscope.training.equation import Equation
@@ -106,6 +106,21 @@ def test_sampled_masks_keep_the_covariance_of_a_step() -> None:
         products = centred[:, :, None] * centred[:, None, :]
         deviation = (products.mean(0) - epsilon * h * sigma) / (products.std(0) / math.sqrt(paths))
         assert float(deviation.abs().max()) < 5.0
+
+
+@pytest.mark.parametrize("loss", [nn.MSELoss, nn.HuberLoss])
+def test_sampled_masks_of_a_network_with_two_outputs(loss) -> None:
+    """Paths by masks, mapped over at once, are the same one by one."""
+    model, _, data = CASES["regression"].parts()
+    risk = FlatRisk(ds.Problem(model, loss(), data), "batch", 3)
+    noise = Sampled(risk, 2)
+    z, thetas = noise.draw(3, torch.Generator().manual_seed(1), 0), risk.theta + torch.zeros(3, 1)
+    together = vmap(grad(noise.mean))(thetas, z)
+    one_by_one = [
+        grad(lambda theta, d=d: torch.stack([risk.under_draw(theta, draw).sum() for draw in d]).mean())(risk.theta)
+        for d in z[:, :, 0].to(torch.int64)
+    ]
+    torch.testing.assert_close(together, torch.stack(one_by_one), rtol=1e-10, atol=1e-12)
 
 
 def test_a_mean_over_sampled_masks_has_the_drift_of_order_two() -> None:

@@ -137,6 +137,9 @@ class SampleLoss:
             raise TypeError(f"Problem: the target of {name} must be a tensor, got {_describe(target)}")
         if isinstance(self.loss, _ELEMENTWISE):
             self._check_elementwise(output, target)
+            if torch._C._are_functorch_transforms_active():
+                # Two nested vmaps over the output alone break torch 2.13's rule for the squared and Huber losses.
+                target = target + torch.zeros_like(output)
         return _tensor(self.elements(output, target))
 
     def _check_elementwise(self, output: Tensor, target: Tensor) -> None:
