@@ -12,6 +12,7 @@ from dropscope import kernels
 from dropscope.operators.base import SymmetricOperator
 
 if TYPE_CHECKING:
+    from dropscope.factors import Table
     from dropscope.operators.gradient_noise import GradientNoise
 
 
@@ -74,6 +75,20 @@ class MiniBatchNoise:
 
     def __repr__(self) -> str:
         return f"MiniBatchNoise(size={self.size}, dim={self.dropout.dim})"
+
+
+def covariance_gram(table: Table, n: int) -> Tensor:
+    """Gram matrix of the centred gradients (g_im - ḡ_i)/(n √(M_i-1)), rows sample-major; see GradientNoise.gram."""
+    gram = table.gram()
+    for _ in range(2):
+        start = 0
+        for chunk in table.chunks():
+            part = gram[start : (start := start + chunk.rows)]
+            kernels.center(part, chunk.draws, 1.0 / (n * (chunk.draws - 1) ** 0.5))
+        gram = gram.T.contiguous()
+    samples = torch.cat([chunk.ids.repeat_interleave(chunk.draws) for chunk in table.chunks()])
+    order = samples.argsort(stable=True).to(gram.device)
+    return gram if bool((samples[1:] >= samples[:-1]).all()) else gram[order][:, order]
 
 
 def work_dtype(dtype: torch.dtype) -> torch.dtype:

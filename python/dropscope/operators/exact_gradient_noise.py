@@ -6,7 +6,6 @@ import math
 from functools import cached_property
 from typing import Any, Literal, NoReturn
 
-import torch
 from torch import Tensor
 
 from dropscope.estimate import Estimate
@@ -15,6 +14,7 @@ from dropscope.masks import Sharing
 from dropscope.operators.base import SymmetricOperator
 from dropscope.operators.exact_noise import MAX_EXACT_FACTORS, ExactNoise
 from dropscope.operators.gradient_noise import GradientNoise
+from dropscope.operators.noise_arguments import unit_columns
 from dropscope.operators.noise_spectrum import NoiseEigenpairs
 from dropscope.problem import Problem
 from dropscope.spectral import eigsh, trace
@@ -72,11 +72,7 @@ class ExactGradientNoise(GradientNoise):
 
     def variance_along(self, V: Tensor) -> list[Estimate]:
         """Variance of the full-batch gradient along each column of V scaled to unit length, without error."""
-        columns = V.unsqueeze(1) if V.ndim == 1 else V
-        norms = columns.double().norm(dim=0)
-        if not bool((torch.isfinite(norms) & (norms > 0)).all()):
-            raise ValueError(f"variance_along: columns of V must be finite and not zero, got norms {norms.tolist()}")
-        unit = columns / norms.to(columns.dtype)
+        unit = unit_columns(V, self.dropout.dim, self.dropout.dtype)
         values = (unit.double() * (self.dropout @ unit).double()).sum(0).tolist()
         return [Estimate(value, 0.0, math.inf, "ok", scale=True) for value in values]
 

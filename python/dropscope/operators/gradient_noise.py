@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from dropscope import kernels
 from dropscope.estimate import Estimate
 from dropscope.factors import Allocation, Cache, Table
-from dropscope.factors.centred_gram import PRECISIONS, Precision
+from dropscope.factors.centred_gram import Precision
 from dropscope.factors.eigen import Verify
 from dropscope.masks import Sharing
 from dropscope.operators import noise_statistics as statistics
 from dropscope.operators.base import SymmetricOperator
-from dropscope.operators.covariance import CovarianceOperator, MiniBatchNoise, work_dtype
-from dropscope.operators.noise_arguments import check_allocation, check_arguments
+from dropscope.operators.covariance import CovarianceOperator, MiniBatchNoise, covariance_gram, work_dtype
+from dropscope.operators.noise_arguments import check_allocation, check_arguments, check_pairs, unit_columns
 from dropscope.problem import Problem
 
 if TYPE_CHECKING:
@@ -123,12 +122,10 @@ class GradientNoise:
     def _draw_until(self, target: float) -> None:
         """See ``target`` of the class."""
         while self.draws < MOST_DRAWS and not self.table.quiet:
-            trace = self.trace
-            if trace.status != "no_error" and trace.stderr <= target * trace.value:
+            wanted = statistics.draws_for(self.trace, self.draws, target)
+            if wanted <= self.draws:
                 return
-            factor = 2.0 if trace.status == "no_error" else (trace.stderr / (target * trace.value)) ** 2
-            wanted = math.ceil(self.draws * min(max(1.1 * factor, 1.25), 4.0))
-            self.draws = min(max(wanted, statistics.MIN_DRAWS_FOR_ERROR), MOST_DRAWS)
+            self.draws = min(wanted, MOST_DRAWS)
             self.table.redraw(self.draws)
             for name in ("_moments", "_sample_grams", "mean"):
                 self.__dict__.pop(name, None)
@@ -204,19 +201,10 @@ class GradientNoise:
         Raises:
             ValueError: if a parameter is matrix-free, or the gradients are not stored.
         """
-        rows = int(self.counts.sum())
         if self.table.quiet:
+            rows = int(self.counts.sum())
             return torch.zeros(rows, rows, dtype=self.dropout.dtype)
-        gram = self.table.gram()
-        for _ in range(2):
-            start = 0
-            for chunk in self.table.chunks():
-                part = gram[start : (start := start + chunk.rows)]
-                kernels.center(part, chunk.draws, 1.0 / (self.n * (chunk.draws - 1) ** 0.5))
-            gram = gram.T.contiguous()
-        samples = torch.cat([chunk.ids.repeat_interleave(chunk.draws) for chunk in self.table.chunks()])
-        order = samples.argsort(stable=True).to(gram.device)
-        return gram if bool((samples[1:] >= samples[:-1]).all()) else gram[order][:, order]
+        return covariance_gram(self.table, self.n)
 
     def variance_along(self, V: Tensor) -> list[Estimate]:
         """Variance of the full-batch gradient along directions, vᵀ(W/n)v for each column of V scaled to unit length.
@@ -231,19 +219,9 @@ class GradientNoise:
             TypeError: if V is no tensor, or of another dtype than the parameters.
             ValueError: if its shape does not fit, or a column is zero or not finite.
         """
-        if not isinstance(V, Tensor):
-            raise TypeError(f"variance_along: V must be a torch.Tensor, got {type(V).__name__}")
-        columns = V.unsqueeze(1) if V.ndim == 1 else V
-        if V.dtype != self.dropout.dtype:
-            raise TypeError(f"variance_along: V must have dtype {self.dropout.dtype}, got {V.dtype}")
-        if columns.ndim != 2 or columns.shape[0] != self.dropout.dim:
-            raise ValueError(f"variance_along: V must have {self.dropout.dim} rows, got shape {tuple(V.shape)}")
-        norms = columns.double().norm(dim=0)
-        if not bool((torch.isfinite(norms) & (norms > 0)).all()):
-            raise ValueError(f"variance_along: columns of V must be finite and not zero, got norms {norms.tolist()}")
+        Vt = unit_columns(V, self.dropout.dim, self.dropout.dtype).T.contiguous()
         if self.table.quiet:
-            return [Estimate(0.0, 0.0, math.inf, "ok", scale=True)] * columns.shape[1]
-        Vt = (columns / norms.to(columns.dtype)).T.contiguous()
+            return [Estimate(0.0, 0.0, math.inf, "ok", scale=True)] * len(Vt)
         projections = [chunk.project(Vt).view(chunk.samples, chunk.draws, -1) for chunk in self.table.chunks()]
         return statistics.direction_estimates(projections, 1.0 / self.n**2)
 
@@ -309,14 +287,7 @@ class GradientNoise:
         """
         from dropscope.operators.noise_spectrum import noise_eigenpairs
 
-        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= self.dropout.dim:
-            raise ValueError(f"GradientNoise.eigsh: k must be an int in 1..{self.dropout.dim}, got {k!r}")
-        if precision not in PRECISIONS:
-            raise ValueError(f"GradientNoise.eigsh: precision must be 'full', 'bf16' or 'int8', got {precision!r}")
-        if not 0.0 < tol < 1.0:
-            raise ValueError(f"GradientNoise.eigsh: tol must lie in (0, 1), got {tol!r}")
-        if verify not in ("each", "together"):
-            raise ValueError(f"GradientNoise.eigsh: verify must be 'each' or 'together', got {verify!r}")
+        check_pairs(k, self.dropout.dim, tol, precision, verify)
         return noise_eigenpairs(
             self,
             k,

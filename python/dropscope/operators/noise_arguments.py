@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from dropscope.factors import ALLOCATIONS, CACHES
+from dropscope.factors.centred_gram import PRECISIONS
 from dropscope.problem import Problem
 
 
@@ -42,3 +46,31 @@ def check_allocation(sharing: object, allocation: object, target: object) -> Non
         raise TypeError(f"GradientNoise: target must be a float or None, got {target!r}")
     if not 0.0 < target < 1.0:
         raise ValueError(f"GradientNoise: target must lie in (0, 1), got {target}")
+
+
+def check_pairs(k: object, dim: int, tol: float, precision: object, verify: object) -> None:
+    """Refuse what asks for no eigenpairs."""
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= dim:
+        raise ValueError(f"GradientNoise.eigsh: k must be an int in 1..{dim}, got {k!r}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"GradientNoise.eigsh: precision must be 'full', 'bf16' or 'int8', got {precision!r}")
+    if not 0.0 < tol < 1.0:
+        raise ValueError(f"GradientNoise.eigsh: tol must lie in (0, 1), got {tol!r}")
+    if verify not in ("each", "together"):
+        raise ValueError(f"GradientNoise.eigsh: verify must be 'each' or 'together', got {verify!r}")
+
+
+def unit_columns(V: object, dim: int, dtype: torch.dtype) -> Tensor:
+    """Directions as columns of unit length, (dim, K); what makes none is refused."""
+    if not isinstance(V, Tensor):
+        raise TypeError(f"variance_along: V must be a torch.Tensor, got {type(V).__name__}")
+    if V.dtype != dtype:
+        raise TypeError(f"variance_along: V must have dtype {dtype}, got {V.dtype}")
+    columns = V.unsqueeze(1) if V.ndim == 1 else V
+    if columns.ndim != 2 or columns.shape[0] != dim:
+        raise ValueError(f"variance_along: V must have {dim} rows, got shape {tuple(V.shape)}")
+    norms = columns.double().norm(dim=0)
+    if not bool((torch.isfinite(norms) & (norms > 0)).all()):
+        raise ValueError(f"variance_along: columns of V must be finite and not zero, got norms {norms.tolist()}")
+    units: Tensor = columns / norms.to(columns.dtype)
+    return units

@@ -51,6 +51,17 @@ class Split(NamedTuple):
     total: Estimate
 
 
+def draws_for(trace: Estimate, draws: int, target: float) -> int:
+    """Draws that a relative standard error of ``target`` asks for: at most four times as many, ``draws`` if enough."""
+    if trace.status == "no_error":
+        factor = 2.0
+    elif trace.stderr <= target * trace.value:
+        return draws
+    else:
+        factor = (trace.stderr / (target * trace.value)) ** 2
+    return max(math.ceil(draws * min(max(1.1 * factor, 1.25), 4.0)), MIN_DRAWS_FOR_ERROR)
+
+
 def centre(X: Tensor, dim: int) -> Tensor:
     """Subtract the mean along ``dim``; equal entries give exact zeros, whatever their number."""
     shifted = X - X.narrow(dim, 0, 1)
