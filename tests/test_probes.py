@@ -221,6 +221,104 @@ class TestKinks:
         assert refused >= 18  # a kink at the start itself, to rounding, leaves slopes of both sides to choose from
 
 
+def refused(model, X, Y):
+    """Whether the probe of the gradient refuses a model."""
+    try:
+        Problem(model, nn.CrossEntropyLoss(), (X, Y)).check()
+    except ValueError as error:
+        if "must be the derivative of the loss" not in str(error):
+            raise
+        return True
+    return False
+
+
+class Rounded(nn.Module):
+    """Weights on a grid, straight through: differences in float32 pass over many points of the grid."""
+
+    def __init__(self, grid):
+        super().__init__()
+        self.layers, self.grid = nn.ModuleList([nn.Linear(3, 8), nn.Linear(8, 3)]), grid
+
+    def forward(self, x):
+        for layer in self.layers:
+            w = layer.weight
+            x = F.linear(x.tanh(), w + ((w * self.grid).round() / self.grid - w).detach(), layer.bias)
+        return x
+
+
+class InFloat32(nn.Module):
+    """Sound, and computes in float32 whatever its parameters are, as the normalisations of language models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.out = nn.Linear(3, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.out((h.float() * h.float().pow(2).mean(-1, keepdim=True).rsqrt()).to(h.dtype))
+
+
+class Wrong32(nn.Module):
+    """A backward pass that is wrong in float32 alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.out = nn.Linear(3, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.first(x).tanh()
+        return self.out(Scaled.apply(h, 0.5) if h.dtype == torch.float32 else h)
+
+
+class Uncopied(Wrong32):
+    """A model that cannot be copied."""
+
+    def __deepcopy__(self, memo):
+        raise RuntimeError("no copy")
+
+
+class TestFloat64:
+    """The probe of a float32 model looks at a copy in float64 first."""
+
+    @pytest.mark.parametrize("grid", [4, 64])
+    def test_rounded_weights_are_refused(self, grid):
+        """In float32 alone one model in ten is refused at a grid of 1/64, three in four at 1/4."""
+        for seed in range(30):
+            torch.manual_seed(seed)
+            assert refused(Rounded(grid), X, Y)
+
+    def test_what_computes_in_float32_inside_is_no_fault(self):
+        for seed in range(20):
+            torch.manual_seed(seed)
+            assert not refused(InFloat32(), X, Y)
+            assert not refused(InFloat32().double(), X.double(), Y)
+
+    @pytest.mark.parametrize("model", [Wrong32, Uncopied])
+    def test_a_fault_of_float32_alone_is_found(self, model):
+        torch.manual_seed(0)
+        assert refused(model(), X, Y)
+        assert not refused(model().double(), X.double(), Y)
+
+    def test_the_model_keeps_its_dtype(self):
+        torch.manual_seed(0)
+        model = net()
+        parameters = [(p, p.data_ptr(), p.dtype) for p in model.parameters()]
+        assert not refused(model, X, Y)
+        assert [(p, p.data_ptr(), p.dtype) for p in model.parameters()] == parameters
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.LeakyReLU])
+def test_kinks_at_the_parameters_themselves_are_no_fault(activation, dtype):
+    """Zero biases meet zero inputs: torch takes one side of every kink, a difference along a line both."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(3, 16), activation(), nn.Linear(16, 16), activation(), nn.Linear(16, 3))
+        for layer in model[::2]:
+            nn.init.zeros_(layer.bias)
+        assert not refused(model.to(dtype), X.to(dtype) * (torch.arange(10)[:, None] % 2), Y)
+
+
 class Padded(nn.Module):
     """Tokens of which the last kind is padding; the table may also be the read-out."""
 

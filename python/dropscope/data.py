@@ -62,6 +62,10 @@ class Batch:
         content = _map(self.content, _cut(size, dim, start, stop - start))
         return replace(self, samples=self.samples[rows], content=content)
 
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
+        """Return the batch with ``fn`` of each of its tensors."""
+        return replace(self, content=_map(self.content, fn))
+
     def take(self, rows: Tensor) -> Batch:
         """Return the batch of the rows with these indices."""
         size, dim = self.size, self.batch_dim
