@@ -4,6 +4,12 @@ Builds the package for this device, runs the tests that need one, measures, and 
 at a small selection: in this order, within a budget of seconds, each step in processes of its own. What is found is
 on disk as soon as it is there, so a machine that is taken away keeps nothing back: `log.txt` grows with every line of
 every step, `NAME-rows.json` with every contest, and `NAME.json` and `NAME.md` are written anew after each step.
+
+Where commands are cut off after ten minutes and no package index is reached:
+
+    python -m pip download --no-deps --dest .whl 'pybind11>=3.1' 'scikit-build-core>=1.1'     # before, elsewhere
+    python -m bench.on_device --out out --wheels .whl --budget 570 --stages build tests ceilings contests
+    python -m bench.on_device --out out --budget 570 --stages measurements sanitizers tiles
 """
 
 from __future__ import annotations
@@ -202,7 +208,7 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=3600, help="seconds for all of it")
     parser.add_argument("--rounds", type=int, default=5, help="samples of each callable of a contest")
     args = parser.parse_args()
-    args.out = args.out.resolve()
+    args.out, args.wheels = args.out.resolve(), args.wheels and args.wheels.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     session, steps, about = Session(args.out, args.budget), list[Step](), about_device()
     name = re.sub(r"\W+", "-", str(about["device"])).strip("-").lower()
