@@ -294,6 +294,19 @@ def test_our_passes_give_the_same_bits_for_every_thread_count(dtype):
     assert torch.equal(out, mirror.T)
 
 
+@DTYPES
+@pytest.mark.parametrize("shape", ["many", "odd", "shared", "sequence"])
+def test_sums_of_each_thread_add_up(shape, dtype):
+    A, B, V, S = factors(SHAPES[shape], dtype)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            both("accumulate", dtype, torch.randn(V.shape, dtype=sums(dtype)), A, B, S)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_half_precision_and_mixed_out_take_the_reference():
     A, B, V, _ = factors((6, 1, 1, 3, 2, 1), torch.float16)
     out, expected = torch.zeros(6, 1), torch.zeros(6, 1)

@@ -14,7 +14,8 @@ from torch import Tensor
 from dropscope.kernels import _tiles as tiles
 from dropscope.kernels.masked import FirstOperand, Masked
 
-# Bytes of the gradients of some output units, so that they stay near the processor, and the fewest of these units.
+# Bytes of the gradients of some output units, so that they stay near the processor; the units are a multiple of 16,
+# as the registers of a matrix product want them.
 _SLAB_BYTES, _FEWEST_UNITS = {"cpu": 24 << 20, "cuda": 256 << 20}, 16
 # Output units of a slab where all samples do not fit.
 _UNITS = 64
@@ -76,8 +77,8 @@ def slabs(A: FirstOperand, B: Tensor, bias: bool, others: int) -> Iterator[Tenso
     A, B = A if isinstance(A, Masked) else A.to(dtype), B.to(dtype)
     samples, steps, units = B.shape
     n, group, d_in = A.shape[0], group_of(A, B), A.shape[2]
-    width = max(_FEWEST_UNITS, _SLAB_BYTES[B.device.type] // (max(samples, others) * d_in * dtype.itemsize))
-    width = tiles.even_tile(units, width)
+    width = _SLAB_BYTES[B.device.type] // (max(samples, others) * d_in * dtype.itemsize)
+    width = tiles.even_tile(units, max(1, width // _FEWEST_UNITS) * _FEWEST_UNITS, _FEWEST_UNITS)
     memory = torch.empty(samples * min(width, units) * d_in, dtype=dtype, device=B.device)
     for first in range(0, units, width):
         b = B[:, :, first : first + width]

@@ -12,7 +12,7 @@ from dropscope.kernels.masked import FirstOperand, Masked
 from dropscope.kernels.products import add_product as add_product
 from dropscope.kernels.products import adds_in_place as adds_in_place
 from dropscope.kernels.products import multiply as multiply
-from dropscope.kernels.products import multiply_into, native_bfloat16
+from dropscope.kernels.products import multiply_into, native_bfloat16, prefer_onednn
 
 FACTOR_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 SUM_DTYPES = (torch.float32, torch.float64)
@@ -25,6 +25,8 @@ _TILE_BYTES, _TILE_ROWS, _GRAM_SAMPLES = (
 )
 # Bytes that stay in the cache of one core.
 _CORE_BYTES = 1 << 20
+# Numbers of a sum that each thread may hold for itself.
+_SMALL_SUM = 1 << 20
 _NOTHING: MatrixArgument = (0, 0, 0, 0, 0)
 
 
@@ -71,6 +73,33 @@ def packed(x: FirstOperand, start: int, stop: int, dtype: torch.dtype, space: Wo
     out = space.take(rows, units) if space else torch.empty(rows, units, dtype=dtype, device=x.device)
     x.samples(start, stop, out)
     return out
+
+
+class Sum:
+    """out += Σ aᵀb over tiles. Where out is small, each thread sums the products of its own share of every tile.
+
+    One product of few rows divides badly: the threads pack the same numbers, each for itself.
+    """
+
+    def __init__(self, out: Tensor, dtype: torch.dtype) -> None:
+        self.out, threads = out, torch.get_num_threads()
+        apart = threads > 1 and out.is_cpu and out.numel() <= _SMALL_SUM and out.dtype == dtype
+        self.parts = out.new_zeros(threads, *out.shape) if apart and not prefer_onednn() else None
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        """Add aᵀb; out has it after :meth:`finish`."""
+        shared = 0
+        if self.parts is not None and (share := len(a) // len(self.parts)):
+            shared = share * len(self.parts)
+            mine, others = (x[:shared].view(-1, share, x.shape[1]) for x in (a, b))
+            self.parts.baddbmm_(mine.mT, others)
+        if shared < len(a):
+            add_product(self.out, a[shared:].T, b[shared:])
+
+    def finish(self) -> None:
+        """Add what the threads have summed."""
+        for part in () if self.parts is None else self.parts:
+            self.out += part
 
 
 def tile_rows(width: int, itemsize: int, device: torch.device, *, near: bool = False) -> int:
@@ -156,6 +185,7 @@ __all__ = [
     "DTYPES",
     "FACTOR_DTYPES",
     "SUM_DTYPES",
+    "Sum",
     "Workspace",
     "add",
     "add_product",

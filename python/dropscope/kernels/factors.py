@@ -163,9 +163,9 @@ def accumulate(A: FirstOperand, B: Tensor, S: Tensor, out: Tensor) -> None:
     dtype = tiles.product_dtype(A)
     if group == 1 and steps >= _LONG and S.shape[1] == 1 and not B.is_cuda and tiles.adds_in_place(out, B[0], B[0]):
         packing = tiles.packing_space(A, 1, dtype)
-        for i, weight in enumerate(S.squeeze(1).tolist()):
-            a = tiles.packed(A, i, i + 1, dtype, packing)
-            tiles.add_product(out[0], tiles.flat_rows(B[i : i + 1]).T, a, weight)
+        for i, (b, weight) in enumerate(zip(B.mT, S.squeeze(1).tolist(), strict=True)):
+            a = tiles.packed(A, i, i + 1, dtype, packing) if isinstance(A, Masked) else A[i]
+            out[0].addmm_(b, a, alpha=weight)
         return
     # Sums that are parts of wider rows are no one matrix: then a product for each.
     together = max(1, min(S.shape[1], 2048 // max(1, units))) if out.is_contiguous() else 1
@@ -173,12 +173,13 @@ def accumulate(A: FirstOperand, B: Tensor, S: Tensor, out: Tensor) -> None:
     space = tiles.Workspace(min(rows, A.shape[0]) * steps * together * units, dtype, B.device)
     packing = tiles.packing_space(A, rows, dtype)
     for first in range(0, S.shape[1], together):
-        weights, target = S[:, first : first + together], out[first : first + together]
+        weights, total = S[:, first : first + together], tiles.Sum(out[first : first + together].flatten(0, 1), dtype)
         for start in range(0, A.shape[0], rows):
             a, b = tiles.packed(A, start, start + rows, dtype, packing), B[start * group : (start + rows) * group]
             scaled = space.take(a.shape[0], weights.shape[1] * units)
             tiles.scale_rows(tiles.flat_rows(b), weights[start * group : (start + rows) * group], scaled, group, steps)
-            tiles.add_product(target.flatten(0, 1), scaled.T, a)
+            total.add(scaled, a)
+        total.finish()
 
 
 @torch.no_grad()
