@@ -20,7 +20,7 @@ SUM_DTYPES = (torch.float32, torch.float64)
 # tens of megabytes, and its products need large shapes.
 _TILE_BYTES, _TILE_ROWS, _GRAM_SAMPLES = (
     {"cpu": 4 << 20, "cuda": 32 << 20},
-    {"cpu": 2048, "cuda": 1 << 16},
+    {"cpu": 1 << 14, "cuda": 1 << 16},
     {"cpu": 512, "cuda": 2048},
 )
 # Bytes that stay in the cache of one core.

@@ -76,8 +76,8 @@ def _compiled(operands: tuple[FirstOperand, ...], others: tuple[Tensor, ...], su
 
 
 def _made(width: int, A: FirstOperand) -> int:
-    """Numbers a row that a tile makes: of what is ``width`` wide, and of masked rows."""
-    return width + A.shape[2] if isinstance(A, Masked) else width
+    """Numbers a row that a tile makes: of what is ``width`` wide, and of masked or widened rows."""
+    return width + A.shape[2] if isinstance(A, Masked) or A.dtype != tiles.product_dtype(A) else width
 
 
 @torch.no_grad()
