@@ -285,6 +285,67 @@ class TestWithoutDoubleBackward:
                 H @ torch.ones(8, dtype=torch.float64)
 
 
+class Tanh(torch.autograd.Function):
+    """A backward pass that is right, and hides from autograd that it depends on x; or does not."""
+
+    @staticmethod
+    def forward(ctx, x, hidden):
+        ctx.save_for_backward(x)
+        ctx.hidden = hidden
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx, slope):
+        (x,) = ctx.saved_tensors
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not ctx.hidden):
+            derivative = 1 - x.tanh() ** 2
+        return slope * derivative, None
+
+
+class ByHand(nn.Module):
+    """The function inside the network, or on its output, where the rest is a chain."""
+
+    def __init__(self, hidden, last):
+        super().__init__()
+        self.first, self.out, self.hidden, self.last = nn.Linear(3, 6), nn.Linear(6, 3), hidden, last
+
+    def forward(self, x):
+        if self.last:
+            return Tanh.apply(self.out(self.first(x).tanh()), self.hidden)
+        return self.out(Tanh.apply(self.first(x), self.hidden))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("last", [False, True])
+def test_a_backward_pass_that_hides_its_second_derivative_is_refused(last, dtype):
+    """Its double backward is symmetric to rounding, a quarter of it wrong, and no spectrum can tell."""
+    for seed in range(10):
+        torch.manual_seed(seed)
+        data = torch.randn(8, 3, dtype=dtype), torch.randint(0, 3, (8,))
+        sound = Problem(ByHand(False, last).to(dtype), nn.CrossEntropyLoss(), data)
+        v = torch.ones(sound.dim, dtype=dtype)
+        assert (Hessian(sound) @ v).norm() > 0
+        wrong = Problem(ByHand(True, last).to(dtype), nn.CrossEntropyLoss(), data)
+        for _ in range(2):  # also the second time
+            with pytest.raises(ValueError, match="the second derivative must be that of the loss"):
+                Hessian(wrong) @ v
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kinks_are_no_fault_of_the_second_derivative(dtype):
+    for seed in range(20):
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Linear(3, 30), nn.ReLU(), nn.LayerNorm(30), nn.Linear(30, 30), nn.ReLU(), nn.Linear(30, 3)
+        )
+        for p in model.parameters():
+            p.data.mul_(seed % 4)
+        data = torch.randn(8, 3, dtype=dtype), torch.randint(0, 3, (8,))
+        problem = Problem(model.to(dtype), nn.CrossEntropyLoss(), data)
+        Hessian(problem) @ torch.ones(problem.dim, dtype=dtype)
+        assert problem.curvature_checked
+
+
 def test_float32_and_bfloat16():
     exact = Hessian(cases.CASES["mlp"].problem())
     v = cases.random_vector(exact)

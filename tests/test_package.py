@@ -21,7 +21,7 @@ LEVELS = [
     {"kernels"},
     {"intercept", "entry_points", "mask_op", "memory", "modes"},
     {"masks", "replay", "replay_layers", "randomness"},
-    {"problem", "parameters", "data", "losses", "probes"},
+    {"problem", "parameters", "data", "losses", "probes", "derivatives"},
     {"factors"},
     {"operators", "spectral"},
     {"analyses", "training", "plots", "plots_losses", "plot_style"},

@@ -98,6 +98,7 @@ class Problem:
         self.shared: set[str] = set()
         self._weight: float | None = None  # known once the probes have passed
         self._masks_probed = False
+        self.curvature_checked = False  # by the first Hessian product that needs it
         self.sample: Batch
 
     def __repr__(self) -> str:

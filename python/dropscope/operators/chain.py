@@ -25,12 +25,11 @@ from dropscope.kernels.products import add_product
 from dropscope.masks import MaskKey
 from dropscope.problem import Batch, Problem
 
-# What autograd calls functions that act on each element alone; _Mask is dropout under a key.
+# What autograd calls torch's functions that act on each element alone (a user's class has no number after its name),
+# and dropout under a key.
 _ELEMENTWISE = {
-    f"{name}Backward{end}"
-    for name in ("Clone", "Elu", "Gelu", "LeakyRelu", "Relu", "Sigmoid", "Silu", "Softplus", "Tanh", "_Mask")
-    for end in ("", "0")
-}
+    f"{name}Backward0" for name in ("Clone", "Elu", "Gelu", "LeakyRelu", "Relu", "Sigmoid", "Silu", "Softplus", "Tanh")
+} | {"_MaskBackward"}
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ class _Recorder:
             self.refuse()
         if self.found:
             leaf = self.found[-1][-1]
-            if x.shape != leaf.shape or not _reaches_only(x, leaf, _ELEMENTWISE):
+            if x.shape != leaf.shape or not _reaches_only(x, leaf, elementwise=True):
                 self.refuse()
         elif x.requires_grad:
             self.refuse()
@@ -194,7 +193,7 @@ def record_chain(problem: Problem, batch: Batch, key: MaskKey | None, weight: fl
     if recorder.refused or recorder.place or not recorder.found:
         return None
     output = recorder.found[-1][-1]
-    if not _reaches_only(values, output, None):
+    if not _reaches_only(values, output, elementwise=False):
         return None
     finite_sum(values, batch)
     (residual,) = torch.autograd.grad(values.sum() / weight, output, create_graph=True)
@@ -222,8 +221,8 @@ def _derivatives(a: Tensor, z: Tensor) -> tuple[Tensor, Tensor | None]:
     return slope.detach(), curve if bool(curve.any()) else None
 
 
-def _reaches_only(x: Tensor, leaf: Tensor, allowed: set[str] | None) -> bool:
-    """Whether the graph of x ends in this leaf and no other, and passes functions of these names alone."""
+def _reaches_only(x: Tensor, leaf: Tensor, *, elementwise: bool) -> bool:
+    """Whether the graph of x ends in this leaf and no other, and passes element-wise functions, or torch's, alone."""
     if x.grad_fn is None:
         return False
     nodes, seen = [x.grad_fn], set()
@@ -236,7 +235,7 @@ def _reaches_only(x: Tensor, leaf: Tensor, allowed: set[str] | None) -> bool:
         if variable is not None:
             if variable is not leaf:
                 return False
-        elif allowed is not None and type(node).__name__ not in allowed:
-            return False
+        elif type(node).__name__ not in _ELEMENTWISE and (elementwise or hasattr(node, "_forward_cls")):
+            return False  # a class of the user's may have no second derivative; the general route looks
         nodes.extend(following for following, _ in node.next_functions if following is not None)
     return True

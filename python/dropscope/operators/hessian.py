@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from dropscope import derivatives, probes
 from dropscope.data import finite_sum
 from dropscope.masks import MaskKey
 from dropscope.modes import dual, twice_differentiable
@@ -84,8 +85,18 @@ class Hessian(GraphOperator):
                     raise
                 self._try_forward_over_reverse(error)
                 out.zero_()
+            else:
+                self._check_curvature()
         if self._forward_over_reverse:
             self._add_forward_over_reverse(rows, out)
+
+    def _check_curvature(self) -> None:
+        """Look once whether the double backward is right; of a chain it is torch's own."""
+        problem = self.problem
+        if not self._chain and not problem.curvature_checked:
+            with probes.untouched(problem.model):
+                derivatives.curvature(problem, problem.sample)
+            problem.curvature_checked = True
 
     def _build(self, batch: Batch, key: MaskKey | None, weight: float) -> Graph:
         problem = self.problem
