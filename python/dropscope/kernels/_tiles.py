@@ -25,8 +25,8 @@ _TILE_BYTES, _TILE_ROWS, _GRAM_SAMPLES = (
 )
 # Bytes that stay in the cache of one core.
 _CORE_BYTES = 1 << 20
-# Numbers of a sum that each thread may hold for itself.
-_SMALL_SUM = 1 << 20
+# Numbers that the threads may hold together, each summing for itself: they are written and read besides the products.
+_SMALL_SUMS = 1 << 21
 _NOTHING: MatrixArgument = (0, 0, 0, 0, 0)
 
 
@@ -83,7 +83,7 @@ class Sum:
 
     def __init__(self, out: Tensor, dtype: torch.dtype) -> None:
         self.out, threads = out, torch.get_num_threads()
-        apart = threads > 1 and out.is_cpu and out.numel() <= _SMALL_SUM and out.dtype == dtype
+        apart = threads > 1 and out.is_cpu and threads * out.numel() <= _SMALL_SUMS and out.dtype == dtype
         self.parts = out.new_zeros(threads, *out.shape) if apart and not prefer_onednn() else None
 
     def add(self, a: Tensor, b: Tensor) -> None:
