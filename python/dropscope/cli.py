@@ -170,7 +170,13 @@ def noise(file: Path, pairs: int | None, seed: int, out: Path | None, as_json: b
 
 @measurement
 @click.option("--draws", type=click.IntRange(2), default=8, show_default=True, help="Masks for every sample.")
-@click.option("--factor", type=float, default=2.0, show_default=True, help="Growth of the loss that bounds flatness.")
+@click.option(
+    "--factor",
+    type=click.FloatRange(min=1.0, min_open=True),
+    default=2.0,
+    show_default=True,
+    help="Growth of the loss that bounds flatness.",
+)
 @guarded
 def relation(file: Path, pairs: int | None, seed: int, out: Path | None, as_json: bool, quiet: bool, draws: int,
              factor: float) -> None:  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dropscope import kernels
 from dropscope.modes import twice_differentiable
 
 if TYPE_CHECKING:
@@ -115,13 +116,16 @@ def _derivative(problem: Problem, batch: Batch) -> tuple[Tensor, Tensor] | None:
 
 def _beside(problem: Problem) -> tuple[Tensor, Tensor]:
     """A displacement to look from, and a direction, of random signs at the parameters' sizes."""
-    parameters = problem.params.values()
-    size = problem.flatten([torch.full_like(p, float(p.detach().double().square().mean().sqrt())) for p in parameters])
-    size = size.masked_fill(size == 0, 1.0)
-    generator = torch.Generator().manual_seed(0)
-    v, aside = (torch.randint(0, 2, (problem.dim,), generator=generator).to(size) * 2 - 1 for _ in range(2))
-    step = torch.finfo(problem.dtype).eps ** (1 / 3)
-    return _without_paddings(problem, math.sqrt(step) * aside * size), _without_paddings(problem, v * size)
+    reach = math.sqrt(torch.finfo(problem.dtype).eps ** (1 / 3))
+    v, aside = (torch.empty(problem.dim, dtype=problem.dtype, device=problem.device) for _ in range(2))
+    for index, signs in enumerate((v, aside)):
+        kernels.probe(signs, seed=0, index=index)
+    for name, p in problem.params.items():
+        norm = float(torch.linalg.vector_norm(p.detach(), dtype=torch.float64))
+        size = norm / math.sqrt(max(1, p.numel())) or 1.0
+        v[problem.blocks[name]] *= size
+        aside[problem.blocks[name]] *= reach * size
+    return _without_paddings(problem, aside), _without_paddings(problem, v)
 
 
 def _along(problem: Problem, batch: Batch, found: tuple[Tensor, Tensor], v: Tensor) -> None:
