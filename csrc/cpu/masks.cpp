@@ -5,10 +5,10 @@
 namespace dropscope {
 namespace {
 
-template <class T>
-void apply(ConstMatrix x, RowSharing sharing, Matrix out, MaskSource source, int threads) {
+// `own`: each row of out has its own of x; known when this is compiled.
+template <class T, bool own>
+void apply_rows(ConstMatrix x, RowSharing sharing, Matrix out, MaskSource source, int threads) {
   const auto scale = static_cast<typename Wide<T>::type>(65536.0 / source.threshold);
-  const bool own = sharing.group == 1;
   const bool contiguous = own && x.stride == x.cols && out.stride == out.cols;
   const auto from = [&](int64_t row, int64_t unit) {
     const int64_t of = own ? row : (sharing.skip + row) / sharing.group;
@@ -26,6 +26,12 @@ void apply(ConstMatrix x, RowSharing sharing, Matrix out, MaskSource source, int
       [&](int64_t row, int64_t unit, int64_t count, const Kept* kept) {
         apply_kept(from(row, unit), to(row, unit), count, kept, scale);
       });
+}
+
+template <class T>
+void apply(ConstMatrix x, RowSharing sharing, Matrix out, MaskSource source, int threads) {
+  if (sharing.group == 1) return apply_rows<T, true>(x, sharing, out, source, threads);
+  apply_rows<T, false>(x, sharing, out, source, threads);
 }
 
 void apply_mask(ConstMatrix x, RowSharing sharing, Matrix out, MaskSource source, Launch launch) {
