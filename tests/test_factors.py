@@ -170,6 +170,22 @@ def test_what_vmap_cannot_batch_goes_one_sample_at_a_time(model, grouped):
     torch.testing.assert_close(materialised(table), sample_gradients(problem, 5, 3).flatten(0, 1), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("most", [10, 150, 1 << 22])
+def test_tables_too_large_for_factors_and_sums_go_elsewhere_however_many_rows(most, monkeypatch):
+    """30 rows of 4, 6 tokens: 204 numbers as factors, 120 as sums; a trial on a few rows and passes of all agree."""
+    monkeypatch.setattr("dropscope.factors.layers.MOST_NUMBERS", most)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(30, 4, padding_idx=1), nn.Dropout(0.3), nn.Flatten(), nn.Linear(24, 2))
+        data = (torch.randint(0, 30, (40, 6)), torch.randint(0, 2, (40,)))
+        problem = Problem(model.double(), nn.CrossEntropyLoss(), data)
+    table = table_of(problem)
+    assert table.plan.routes["0.weight"].kind == ("dense" if most == 10 else "rows")
+    assert ("takes 120 numbers" in problem.plan()) == (most == 10)
+    truth = sample_gradients(problem, 5, 3).flatten(0, 1)
+    torch.testing.assert_close(materialised(table), truth, rtol=0, atol=1e-12)
+
+
 class Conv1D(nn.Module):
     """GPT-2's linear layer: addmm with the weight transposed, on flattened rows; and a bare matrix product."""
 

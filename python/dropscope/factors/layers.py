@@ -21,8 +21,9 @@ from dropscope.kernels import FirstOperand, Masked
 if TYPE_CHECKING:
     from dropscope.factors.recorder import Recorder
 
-# One-hot rows larger than this would dwarf the network: such an embedding takes another route.
-MAX_ONE_HOT = 1 << 27
+# Numbers of a row's gradient above which an embedding takes another route. A row's, so that a trial on a few rows and
+# passes of many decide alike.
+MOST_NUMBERS = 1 << 22
 
 
 def _linear(recorder: Recorder, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
@@ -135,16 +136,20 @@ def embedded(
 
     Returns:
         Factors, or (rows, size · d).
+
+    Raises:
+        UnfitError: if both are large.
     """
     B = by_rows(b, rows, layout)
     ids = by_rows(ids.unsqueeze(-1).expand(*b.shape[:-1], 1), rows, layout).squeeze(-1)
-    live = torch.ones_like(ids, dtype=torch.bool) if padding_idx is None else ids != padding_idx
-    size, width = weight.shape
-    if ids.shape[1] * (size + width) < size * width and ids.numel() * size <= MAX_ONE_HOT:
-        return Factors(B, F.one_hot(ids, size).to(b.dtype) * live.unsqueeze(-1))
-    out = b.new_zeros(rows, size, width)
-    out.scatter_add_(1, ids.unsqueeze(-1).expand_as(B), B * live.unsqueeze(-1))
-    return out.flatten(1)
+    live = torch.ones_like(B[..., :1]) if padding_idx is None else (ids != padding_idx).to(B.dtype).unsqueeze(-1)
+    ids, (size, width) = ids.unsqueeze(-1), weight.shape
+    as_factors, as_sums = ids.shape[1] * (size + width), size * width
+    if min(as_factors, as_sums) > MOST_NUMBERS:
+        raise UnfitError(f"a row of its gradient takes {min(as_factors, as_sums)} numbers")
+    if as_factors < as_sums:
+        return Factors(B, b.new_zeros(rows, ids.shape[1], size).scatter_(2, ids, live))
+    return b.new_zeros(rows, size, width).scatter_add_(1, ids.expand_as(B), B * live).flatten(1)
 
 
 def _swapped(x: Tensor, b: Tensor, rows: int, layout: Layout) -> Factors:

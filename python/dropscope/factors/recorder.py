@@ -19,7 +19,7 @@ WeightPart = Callable[[Any, Tensor, int, Layout], Factors | Tensor]
 
 
 class Postponed(NamedTuple):
-    """An output that all rows share, and what its use is to be."""
+    """An output that all rows share, kept alive as it is known by its id, and what its use is to be."""
 
     output: Tensor
     weight: Tensor

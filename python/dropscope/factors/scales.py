@@ -5,7 +5,6 @@ Their per-sample gradients are no larger than the parameter: they are summed at 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +12,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dropscope.factors.uses import Layout, UnfitError, by_rows, channel_bias
+from dropscope.factors.uses import Layout, UnfitError, channel_bias, last_axis_bias
 
 if TYPE_CHECKING:
     from dropscope.factors.recorder import Recorder
+
+
+def _norm(
+    recorder: Recorder,
+    input: Tensor,  # noqa: A002
+    weight: Tensor | None,
+    bias: Tensor | None,
+    function: Callable[[Tensor, Tensor | None, Tensor | None], Tensor],
+    reduce: Callable[[Tensor, int, Layout], Tensor] = channel_bias,
+) -> Any:
+    """A norm and what it is scaled and shifted by; ``reduce`` sums over all that a parameter's entry serves."""
+    if weight is None:
+        return NotImplemented
+
+    def weight_part(x: Tensor, b: Tensor, rows: int, layout: Layout) -> Tensor:
+        return reduce(b * function(x, None, None), rows, layout)
+
+    return recorder.run(input, weight, bias, function, weight_part, reduce)
+
+
+def _last_axes(count: int) -> Callable[[Tensor, int, Layout], Tensor]:
+    """Sums over all but the last axes."""
+    return lambda b, rows, layout: last_axis_bias(b.flatten(b.ndim - count), rows, layout)
 
 
 def _layer_norm(
@@ -27,25 +49,23 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Any:
-    if weight is None:
-        return NotImplemented
-    size = math.prod(normalized_shape)
+    def function(x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
+        return F.layer_norm(x, normalized_shape, w, b, eps)
 
-    def weight_part(x: Tensor, b: Tensor, rows: int, layout: Layout) -> Tensor:
-        scaled = b * F.layer_norm(x, normalized_shape, None, None, eps)
-        return by_rows(scaled.reshape(*scaled.shape[: x.ndim - len(normalized_shape)], size), rows, layout).sum(1)
+    return _norm(recorder, input, weight, bias, function, _last_axes(len(normalized_shape)))
 
-    def bias_part(b: Tensor, rows: int, layout: Layout) -> Tensor:
-        return by_rows(b.reshape(*b.shape[: b.ndim - len(normalized_shape)], size), rows, layout).sum(1)
 
-    return recorder.run(
-        input,
-        weight,
-        bias,
-        lambda x, w, b: F.layer_norm(x, normalized_shape, w, b, eps),
-        weight_part,
-        bias_part,
-    )
+def _rms_norm(
+    recorder: Recorder,
+    input: Tensor,  # noqa: A002
+    normalized_shape: list[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Any:
+    def function(x: Tensor, w: Tensor | None, _: Tensor | None) -> Tensor:
+        return F.rms_norm(x, normalized_shape, w, eps)
+
+    return _norm(recorder, input, weight, None, function, _last_axes(len(normalized_shape)))
 
 
 def _group_norm(
@@ -56,37 +76,7 @@ def _group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Any:
-    if weight is None:
-        return NotImplemented
-
-    def weight_part(x: Tensor, b: Tensor, rows: int, layout: Layout) -> Tensor:
-        return channel_bias(b * F.group_norm(x, num_groups, None, None, eps), rows, layout)
-
-    return recorder.run(
-        input,
-        weight,
-        bias,
-        lambda x, w, b: F.group_norm(x, num_groups, w, b, eps),
-        weight_part,
-        channel_bias,
-    )
-
-
-def _rms_norm(
-    recorder: Recorder,
-    input: Tensor,  # noqa: A002
-    normalized_shape: list[int],
-    weight: Tensor | None = None,
-    eps: float | None = None,
-) -> Any:
-    if weight is None:
-        return NotImplemented
-    shape = weight.shape
-
-    def weight_part(x: Tensor, b: Tensor, rows: int, layout: Layout) -> Tensor:
-        return summed(b * F.rms_norm(x, normalized_shape, None, eps), shape, rows, layout)
-
-    return recorder.run(input, weight, None, lambda x, w, _: F.rms_norm(x, normalized_shape, w, eps), weight_part)
+    return _norm(recorder, input, weight, bias, lambda x, w, b: F.group_norm(x, num_groups, w, b, eps))
 
 
 def _batch_norm(
@@ -101,21 +91,13 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Any:
     """With running statistics, as in eval mode; those of a batch would mix its samples."""
-    if weight is None or training:
+    if training:
         return NotImplemented
 
-    def weight_part(x: Tensor, b: Tensor, rows: int, layout: Layout) -> Tensor:
-        normal = F.batch_norm(x, running_mean, running_var, None, None, False, momentum, eps)
-        return channel_bias(b * normal, rows, layout)
+    def function(x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
+        return F.batch_norm(x, running_mean, running_var, w, b, False, momentum, eps)
 
-    return recorder.run(
-        input,
-        weight,
-        bias,
-        lambda x, w, b: F.batch_norm(x, running_mean, running_var, w, b, False, momentum, eps),
-        weight_part,
-        channel_bias,
-    )
+    return _norm(recorder, input, weight, bias, function)
 
 
 def _add(recorder: Recorder, input: Any, other: Any, **options: Any) -> Any:  # noqa: A002
