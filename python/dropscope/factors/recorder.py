@@ -156,5 +156,5 @@ class Recorder:
         seen = x.detach() if keep else x.new_empty(0)
         inputs = masked or (seen[:: self.draws].contiguous() if shared else seen)
         edge = get_gradient_edge(y)
-        self.uses.append(Use(weight_name, bias_name, edge, inputs, shared, weight_part, bias_part, paired, y.dtype))
+        self.uses.append(Use(weight_name, bias_name, edge, inputs, weight_part, bias_part, paired, y.dtype))
         return y
