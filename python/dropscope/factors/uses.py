@@ -68,8 +68,8 @@ class Use:
         weight: name of the weight, or None if it is not captured here.
         bias: name of the bias, or None.
         edge: where in the graph the gradient b of the output appears.
-        inputs: what the weight met; one row per sample where its draws had bit-equal inputs; :class:`Masked` right after
-            the first dropout.
+        inputs: what the weight met; one row per sample where its draws had bit-equal inputs; :class:`Masked` right
+            after the first dropout.
         weight_part: (inputs, b, rows, layout) -> Factors or (rows, numel) gradients.
         bias_part: (b, rows, layout) -> (rows, numel) gradients.
         paired: the bias gradient is Σ_t of the weight's factor B.
